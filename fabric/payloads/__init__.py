@@ -1,0 +1,37 @@
+"""Values and their bytes: what can be published, how it lies on the wire, in shared memory and on disk.
+
+`plan` a value, `write` the plan into memory, `decode` it elsewhere. `schema.py` describes the blobs and checks received
+ones, `trees.py` describes and makes those of containers, `plans.py` the others, `tensors.py` is all that knows torch,
+`decoders.py` reads blobs, `receiving.py` copies values out of them, `pool.py` keeps warm memory, `staging.py` waits for
+devices.
+"""
+
+from fabric.payloads.decoders import decode
+from fabric.payloads.plans import Plan, plan
+from fabric.payloads.pool import BufferPool, PooledBuffer
+from fabric.payloads.receiving import decode_into, own
+from fabric.payloads.schema import ARRAY, BYTES, FLOAT, INTEGER, TENSOR, TEXT, TREE
+from fabric.payloads.staging import DeviceQueue, Pending, StagingError, stage
+from fabric.payloads.trees import register
+
+__all__ = [
+    "ARRAY",
+    "BYTES",
+    "FLOAT",
+    "INTEGER",
+    "TENSOR",
+    "TEXT",
+    "TREE",
+    "BufferPool",
+    "DeviceQueue",
+    "Pending",
+    "Plan",
+    "PooledBuffer",
+    "StagingError",
+    "decode",
+    "decode_into",
+    "own",
+    "plan",
+    "register",
+    "stage",
+]
