@@ -1,0 +1,232 @@
+"""Every limit and setting, in frozen groups, with its unit in its name and the reason of its default in its docstring.
+
+Objects receive the group that they need. Nothing here reads the environment; `dataclasses.replace` varies one setting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+
+from fabric.errors import ConfigError
+
+__all__ = [
+    "BURST_BYTES_MAX",
+    "Delivery",
+    "FabricConfig",
+    "Handlers",
+    "Inboxes",
+    "Liveness",
+    "Policy",
+    "Repair",
+    "Requests",
+    "Retention",
+    "Start",
+    "WhenFull",
+    "Work",
+    "check_policy",
+]
+
+KIB, MIB = 1024, 1024 * 1024
+
+BURST_BYTES_MAX = 64 * KIB
+"""Most bytes of records in one burst. A larger value is addressed instead of pushed, so that what PUB may hold for a stopped
+subscriber is its high-water mark times this (DESIGN section 5). A wire constant, not a setting."""
+
+
+class Policy(StrEnum):
+    """What a topic promises; chosen by its publisher."""
+
+    RELIABLE = "reliable"
+    DURABLE = "durable"
+    LATEST = "latest"
+    LOSSY = "lossy"
+
+
+class WhenFull(StrEnum):
+    """What `publish` does when what is owed has used up its room."""
+
+    SPILL = "spill"
+    BLOCK = "block"
+    DROP_OLDEST = "drop_oldest"
+    FAIL = "fail"
+
+
+class Delivery(StrEnum):
+    """Whether a subscription is owed what it missed."""
+
+    RELIABLE = "reliable"
+    BEST_EFFORT = "best_effort"
+
+
+class Start(StrEnum):
+    """Where a new subscription begins in a feed that exists already."""
+
+    LIVE = "live"
+    RETAINED = "retained"
+    LAST = "last"
+
+
+class Handlers(StrEnum):
+    """Where handlers of messages and requests run."""
+
+    THREAD = "thread"
+    STEP = "step"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """What a publisher keeps in memory."""
+
+    owed_bytes_max: int = 256 * MIB
+    """What subscribers have not acknowledged yet, over all feeds of a member; beyond it `when_full` decides."""
+    kept_bytes_max: int = 64 * MIB
+    """History that stays for `start="retained"` and late repairs; the oldest gives way at no cost."""
+    publish_timeout_s: float = 5.0
+    """How long `publish` waits for room under `when_full="block"`; Aeron's time for a slow receiver."""
+    absent_s: float = 3600.0
+    """How long a subscriber out of reach stays owed, as a durable MQTT session does by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inboxes:
+    """What a subscriber holds."""
+
+    hand_bytes_max: int = 32 * MIB
+    """Handed over and not settled yet, for each subscription."""
+    hold_bytes_max: int = 32 * MIB
+    """Received ahead of order, for each subscription; the highest offset gives way. Half a repair window, and more."""
+    ranges_max: int = 1024
+    """Settled ranges above the floor of a feed; bounds a cursor."""
+    payload_bytes_max: int = 1024 * MIB
+    """The largest value that is accepted, in bytes."""
+    assembly_bytes_max: int = 128 * MIB
+    """Addressed payloads under way at once; one larger than this travels alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repair:
+    """How what was missed is fetched."""
+
+    window_bytes: int = 8 * MIB
+    """Asked for at once: the credit of a pull."""
+    chunk_bytes: int = 1 * MIB
+    """A payload travels in pieces of this size; at most 4 MiB, so that no frame takes longer than a heartbeat."""
+    retry_ms_first: int = 20
+    """An unanswered pull is repeated after this, doubling up to `retry_ms_max` (reliability notes, section 4.7)."""
+    retry_ms_max: int = 1000
+    attempts_max: int = 3
+    """How often a payload whose checksum is wrong is fetched before it counts as corrupt at its source."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Liveness:
+    """Heartbeats and what their absence means."""
+
+    marker_ms: int = 250
+    """Period of markers and of heartbeats that list unacknowledged feeds; Aeron's status message takes 200 ms."""
+    idle_marker_ms: int = 50
+    """A feed that fell idle is marked after this, unless it is acknowledged to its end by then."""
+    heartbeat_ms: int = 1000
+    """Period of heartbeats when there is nothing to tell."""
+    acknowledge_ms: int = 20
+    """An acknowledgement waits at most this long for others to share its frame."""
+    acknowledge_bytes: int = 4 * MIB
+    """... or until so many bytes were handled."""
+    suspect_s: float = 4.0
+    """Silence after which a peer is suspect."""
+    down_s: float = 10.0
+    """Silence after which a peer is down; Aeron's image liveness."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requests:
+    """Requests and replies."""
+
+    resend_ms_first: int = 100
+    """An unanswered request is sent again after this, doubling up to `resend_ms_max`."""
+    resend_ms_max: int = 1000
+    pending_max: int = 1024
+    """Requests of ours under way."""
+    remembered_max: int = 4096
+    """Replies kept so that a repeated request is not executed twice; the oldest give way once their deadline passed."""
+    remembered_bytes_max: int = 64 * MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """Who runs what, and how much at a time."""
+
+    handlers: Handlers = Handlers.THREAD
+    burst_age_ms: float = 1.0
+    """A burst that is not full leaves after this."""
+    turn_bursts_max: int = 64
+    """A turn of the engine ends after so many frames ..."""
+    turn_us_max: int = 200
+    """... or after so long."""
+    training_pause_ms: float = 5.0
+    """In a process that trains, the background thread works at most once in this time."""
+    parked_ms: float = 2.0
+    """The background thread resumes so long after the last waiting thread left."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FabricConfig:
+    """All settings of one member."""
+
+    listen: str = "ipc"
+    """`"ipc"` (members of one host), or `"tcp://ADDRESS"`, with `:PORT` for a fixed control port. Loopback and ipc are the
+    defaults; every other address, a wildcard included, must be named here."""
+    wildcard: bool = False
+    """Whether `listen` may name every interface."""
+    runtime_directory: Path | None = None
+    """For sockets and cards; private (0700). Default: the user's runtime directory."""
+    subscribe_timeout_s: float = 10.0
+    """How long `subscribe` waits for the confirmation of live peers."""
+    retention: Retention = field(default_factory=Retention)
+    inboxes: Inboxes = field(default_factory=Inboxes)
+    repair: Repair = field(default_factory=Repair)
+    liveness: Liveness = field(default_factory=Liveness)
+    requests: Requests = field(default_factory=Requests)
+    work: Work = field(default_factory=Work)
+    install_signal_handler: bool = True
+    """Whether `join` in the main thread installs a SIGTERM handler over the default one."""
+
+    def __post_init__(self) -> None:
+        for group in (self.retention, self.inboxes, self.repair, self.liveness, self.requests, self.work):
+            _require_positive(group)
+        if self.repair.chunk_bytes > 4 * MIB:
+            raise ConfigError("at most 4 MiB", field="repair.chunk_bytes")
+        if self.subscribe_timeout_s <= 0:
+            raise ConfigError("must be positive", field="subscribe_timeout_s")
+
+
+def _require_positive(group: object) -> None:
+    for setting in fields(group):  # type: ignore[arg-type]  # each group is a dataclass
+        value = getattr(group, setting.name)
+        if isinstance(value, int | float) and value <= 0:
+            raise ConfigError(f"must be positive, not {value}", field=f"{type(group).__name__.lower()}.{setting.name}")
+
+
+def check_policy(policy: str, when_full: str | None) -> tuple[Policy, WhenFull]:
+    """The policy and what happens when its room is used up, or `ConfigError`.
+
+    `reliable` takes `block` (the default until the spill log exists), `drop_oldest`, `fail`; `latest` and `lossy` take none.
+    """
+    try:
+        chosen = Policy(policy)
+    except ValueError:
+        raise ConfigError(f"{policy!r} is none of {', '.join(Policy)}", field="policy") from None
+    if chosen is Policy.DURABLE:
+        raise ConfigError('"durable" needs the spill log, which does not exist yet; use "reliable"', field="policy")
+    if chosen is not Policy.RELIABLE:
+        if when_full is not None:
+            raise ConfigError(f"{chosen.value!r} topics are never full: leave it out", field="when_full")
+        return chosen, WhenFull.DROP_OLDEST
+    if when_full == WhenFull.SPILL:
+        raise ConfigError('"spill" needs the spill log, which does not exist yet; use "block"', field="when_full")
+    try:
+        return chosen, WhenFull(when_full or WhenFull.BLOCK)
+    except ValueError:
+        raise ConfigError(f"{when_full!r} is none of block, drop_oldest, fail", field="when_full") from None

@@ -1,0 +1,223 @@
+"""Requests and replies: resent with the same number until answer or deadline, executed at most once for each incarnation.
+
+A request of a peer is remembered with its reply until its deadline has passed, so that a repeated one is answered and not run
+again. Values of 64 KiB and more are addressed: the other side fetches them from the space of the request or of the reply.
+"""
+
+from __future__ import annotations
+
+
+from fabric.core.events import Buffer, CompleteRequest, ExecuteRequest, ReplyIssued, RequestIssued
+from fabric.core.fetching import Fetching, Key
+from fabric.core.members import MS, Context, Members, Peer
+from fabric.core.wire import ADDRESSED, Drop, Kind, checksum_of, decode_descriptor
+from fabric.errors import WireFormatError
+
+__all__ = ["Exchange"]
+
+PRIORITIES = 3
+"""0 is high, 1 normal, 2 low."""
+
+
+class _Pending:
+    """A request of ours that is not answered."""
+
+    __slots__ = ("accepted", "due_ns", "event", "reply_kind", "wait_ns")
+
+    def __init__(self, event: RequestIssued, wait_ns: int) -> None:
+        self.event, self.wait_ns, self.due_ns = event, wait_ns, 0
+        self.accepted = False
+        self.reply_kind = 0
+
+
+class _Execution:
+    """A request of a peer: under way while `reply` is None."""
+
+    __slots__ = ("deadline_ns", "execute", "payload", "reply", "size")
+
+    def __init__(self, execute: ExecuteRequest) -> None:
+        self.execute, self.deadline_ns = execute, execute.deadline_ns
+        self.reply: tuple[bool, int, bytes] | None = None
+        self.payload: Buffer | None = None
+        self.size = 0
+
+
+def _space(role: str, requester: int, incarnation: int, peer: int) -> int:
+    """Where the value of a request (or reply) between two members lies: numbers of requests are unique in one incarnation."""
+    return checksum_of(f"{role}\0{requester}\0{incarnation}\0{peer}".encode())
+
+
+class Exchange:
+    """Both sides of all requests of this member."""
+
+    def __init__(self, context: Context, members: Members, fetching: Fetching) -> None:
+        self._context, self._members, self._fetching = context, members, fetching
+        self._pending: dict[int, _Pending] = {}
+        self._executions: dict[tuple[str, int, int], _Execution] = {}
+        self._remembered_bytes = 0
+        self._fetches: dict[Key, tuple[str, object]] = {}
+
+    # Our requests.
+
+    def issue(self, event: RequestIssued) -> None:
+        """Send a request, and again until it is answered."""
+        pending = self._pending[event.request] = _Pending(event, self._context.config.requests.resend_ms_first * MS)
+        self._send(pending)
+
+    def _send(self, pending: _Pending) -> None:
+        event, now = pending.event, self._context.now
+        pending.due_ns = now + pending.wait_ns
+        pending.wait_ns = min(2 * pending.wait_ns, self._context.config.requests.resend_ms_max * MS)
+        left_ms = max(1, (event.deadline_ns - now) // MS)
+        fields = (event.request, event.method, event.priority, left_ms, event.kind, event.metadata, event.blob)
+        self._context.send(event.peer, Kind.REQUEST, *fields)
+
+    def abandon(self, request: int) -> None:
+        """Nobody waits any more."""
+        self._pending.pop(request, None)
+
+    def on_accepted(self, request: int) -> None:
+        """The responder has it."""
+        if request in self._pending:
+            self._pending[request].accepted = True
+
+    def on_reply(self, peer: Peer, request: int, failed: bool, kind: int, blob: bytes) -> None:
+        """An answer; a second one, or one from somebody else, is dropped."""
+        pending = self._pending.get(request)
+        if pending is None or pending.event.peer != peer.name:
+            self._context.counts[Drop.DUPLICATE] += 1
+            return
+        pending.accepted = True
+        if not kind & ADDRESSED:
+            self._complete(pending, "failure" if failed else "reply", kind, blob)
+            return
+        key = (_space("reply", self._context.id, self._context.incarnation, peer.id), request)
+        pending.reply_kind = kind & ~ADDRESSED
+        if key not in self._fetches:
+            self._fetch(key, peer, blob, "reply", pending)
+
+    def _fetch(self, key: Key, peer: Peer, blob: bytes, role: str, owner: object) -> None:
+        try:
+            size, checksum = decode_descriptor(blob)
+        except WireFormatError:
+            self._context.counts[Drop.SHAPE] += 1
+            return
+        if not 0 < size <= self._context.config.inboxes.payload_bytes_max:
+            self._context.counts[Drop.TOO_LARGE] += 1
+            return
+        self._fetches[key] = (role, owner)
+        self._fetching.begin(key, peer.name, size, checksum)
+
+    def _complete(self, pending: _Pending, outcome: str, kind: int = 0, blob: bytes = b"", space: int | None = None) -> None:
+        self._pending.pop(pending.event.request, None)
+        self._context.emit(CompleteRequest(pending.event.request, outcome, pending.accepted, kind, blob, space))
+
+    # Requests of peers.
+
+    def on_request(self, peer: Peer, fields: list[object]) -> None:
+        """Run it once; answer a repeated one from memory, or say that it is under way."""
+        request, method, priority, left_ms, kind, metadata, blob = fields
+        assert isinstance(request, int) and isinstance(priority, int) and isinstance(left_ms, int) and isinstance(kind, int)
+        known = self._executions.get((peer.name, peer.incarnation, request))
+        if known is not None:
+            self._answer_again(peer, request, known)
+            return
+        if not self._make_room() or priority >= PRIORITIES:
+            self._context.counts[Drop.NO_ROOM if priority < PRIORITIES else Drop.SHAPE] += 1
+            return
+        space = _space("request", peer.id, peer.incarnation, self._context.id) if kind & ADDRESSED else None
+        deadline_ns = self._context.now + min(left_ms, 2**40) * MS
+        execute = ExecuteRequest(
+            peer.name, peer.incarnation, request, str(method), priority, deadline_ns, kind & ~ADDRESSED, metadata, blob, space
+        )  # type: ignore[arg-type]  # the shape of the fields was checked when they were decoded
+        execution = self._executions[peer.name, peer.incarnation, request] = _Execution(execute)
+        if space is None:
+            self._context.emit(execute)
+        else:
+            self._fetch((space, request), peer, execute.blob, "request", execution)
+
+    def _answer_again(self, peer: Peer, request: int, execution: _Execution) -> None:
+        self._context.counts["requests_repeated"] += 1
+        if execution.reply is None:
+            self._context.send(peer.name, Kind.ACCEPTED, request)
+        else:
+            self._context.send(peer.name, Kind.REPLY, request, *execution.reply)
+
+    def reply(self, event: ReplyIssued) -> None:
+        """A handler finished."""
+        execution = self._executions.get((event.peer, event.incarnation, event.request))
+        if execution is None or execution.reply is not None:
+            return
+        execution.reply = (event.failed, event.kind, event.blob)
+        execution.payload = event.payload
+        execution.size = len(event.blob) + (memoryview(event.payload).nbytes if event.payload is not None else 0)
+        self._remembered_bytes += execution.size
+        peer = self._members.by_name.get(event.peer)
+        if peer is not None and peer.incarnation == event.incarnation:
+            self._context.send(event.peer, Kind.REPLY, event.request, *execution.reply)
+
+    def _make_room(self) -> bool:
+        """Forget the oldest replies whose deadline has passed; without room a request is not taken, and will be repeated."""
+        limits = self._context.config.requests
+        if len(self._executions) < limits.remembered_max and self._remembered_bytes < limits.remembered_bytes_max:
+            return True
+        for key, execution in list(self._executions.items()):
+            if execution.deadline_ns < self._context.now and execution.reply is not None:
+                self._remembered_bytes -= execution.size
+                del self._executions[key]
+        return len(self._executions) < limits.remembered_max and self._remembered_bytes < limits.remembered_bytes_max
+
+    # Addressed values.
+
+    def payload_of(self, peer: Peer, space: int, request: int) -> Buffer | None:
+        """The value of a request of ours, or of our reply to one, that this peer fetches."""
+        pending = self._pending.get(request)
+        if pending is not None and space == _space("request", self._context.id, self._context.incarnation, peer.id):
+            return pending.event.payload
+        execution = self._executions.get((peer.name, peer.incarnation, request))
+        if execution is not None and space == _space("reply", peer.id, peer.incarnation, self._context.id):
+            return execution.payload
+        return None
+
+    def on_payload(self, key: Key, payload: Buffer | None) -> bool:
+        """An addressed value is here, or will not come. Whether it was one of ours."""
+        role, owner = self._fetches.pop(key, ("", None))
+        if isinstance(owner, _Pending):
+            if owner.event.request in self._pending:
+                if payload is None:
+                    self._complete(owner, "gone")
+                else:
+                    self._complete(owner, "reply", owner.reply_kind, b"", key[0])
+        elif isinstance(owner, _Execution) and payload is not None:
+            self._context.emit(owner.execute)
+        elif isinstance(owner, _Execution):  # it was not executed: a repeated request may be
+            execute = owner.execute
+            self._executions.pop((execute.peer, execute.incarnation, execute.request), None)
+        return bool(role)
+
+    # Time and peers.
+
+    def forget(self, name: str) -> None:
+        """A peer left or died: our requests to it fail, its own are of no interest."""
+        for pending in [pending for pending in self._pending.values() if pending.event.peer == name]:
+            self._complete(pending, "gone")
+        for key in [key for key in self._executions if key[0] == name]:
+            self._remembered_bytes -= self._executions.pop(key).size
+
+    def tick(self) -> None:
+        """Deadlines and resends."""
+        now = self._context.now
+        for pending in list(self._pending.values()):
+            if now >= pending.event.deadline_ns:
+                self._complete(pending, "timeout")
+            elif now >= pending.due_ns:
+                self._context.counts["requests_resent"] += 1
+                self._send(pending)
+
+    def next_deadline_ns(self) -> int | None:
+        """When a request is due."""
+        return min((min(pending.due_ns, pending.event.deadline_ns) for pending in self._pending.values()), default=None)
+
+    def check_invariants(self) -> None:
+        """Assert the sum of what is remembered (I7)."""
+        assert self._remembered_bytes == sum(execution.size for execution in self._executions.values())

@@ -1,0 +1,139 @@
+"""Addressed payloads on their way to us: asked for, chunk by chunk, within a bound on what is under way."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from fabric.core.events import BeginPayload, Buffer, DropPayload, FinishPayload, PlaceChunk
+from fabric.core.members import MS, Context
+from fabric.core.ranges import RangeSet
+from fabric.core.wire import Drop, Kind
+
+__all__ = ["Fetching", "Key"]
+
+Key = tuple[int, int]
+"""(space, number): a feed and an offset, or the space of a member's requests or replies and a request."""
+
+
+class _Fetch:
+    """One payload. `received`: the bytes that are there."""
+
+    __slots__ = ("attempts", "checksum", "due_ns", "key", "peer", "received", "size", "started", "wait_ns")
+
+    def __init__(self, key: Key, peer: str, size: int, checksum: int, wait_ns: int) -> None:
+        self.key, self.peer, self.size, self.checksum = key, peer, size, checksum
+        self.received = RangeSet()
+        self.attempts, self.due_ns, self.wait_ns, self.started = 0, 0, wait_ns, False
+
+
+class Fetching:
+    """All fetches of this member."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._all: dict[Key, _Fetch] = {}
+        self._queue: deque[_Fetch] = deque()
+        self._under_way = 0
+        self._token = 0
+        self._progress: dict[str, int] = {}
+        """When each peer last sent a chunk: payloads of one peer come one after the other."""
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._all
+
+    def begin(self, key: Key, peer: str, size: int, checksum: int) -> None:
+        """Fetch a payload from a peer; a second call for the same key changes nothing."""
+        if key in self._all:
+            return
+        fetch = self._all[key] = _Fetch(key, peer, size, checksum, self._context.config.repair.retry_ms_first * MS)
+        self._queue.append(fetch)
+        self._start()
+
+    def _start(self) -> None:
+        ceiling = self._context.config.inboxes.assembly_bytes_max
+        while self._queue and (not self._under_way or self._under_way + self._queue[0].size <= ceiling):
+            fetch = self._queue.popleft()
+            if self._all.get(fetch.key) is not fetch:
+                continue
+            fetch.started = True
+            self._under_way += fetch.size
+            self._context.emit(BeginPayload(*fetch.key, fetch.size))
+            self._ask(fetch)
+
+    def _ask(self, fetch: _Fetch) -> None:
+        self._token += 1
+        first, end = next(fetch.received.missing(0, fetch.size), (0, 0))
+        fetch.due_ns = self._context.now + fetch.wait_ns
+        fetch.wait_ns = min(2 * fetch.wait_ns, self._context.config.repair.retry_ms_max * MS)
+        self._context.send(fetch.peer, Kind.FETCH, *fetch.key, first, end - first, self._token)
+
+    def on_chunk(self, peer: str, key: Key, position: int, chunk: Buffer) -> None:
+        """A piece came; what is there already is dropped."""
+        fetch, size = self._all.get(key), memoryview(chunk).nbytes
+        if fetch is None or fetch.peer != peer or not fetch.started:
+            self._context.counts[Drop.DUPLICATE] += 1
+            return
+        end = position + size
+        if not size or end > fetch.size or next(fetch.received.missing(position, end), None) != (position, end):
+            self._context.counts[Drop.DUPLICATE if end <= fetch.size else Drop.SHAPE] += 1
+            return
+        fetch.received.add(position, end)
+        self._progress[peer] = self._context.now
+        fetch.wait_ns = self._context.config.repair.retry_ms_first * MS
+        self._context.emit(PlaceChunk(*key, position, chunk))
+        if fetch.received.count == fetch.size:
+            self._context.emit(FinishPayload(*key, fetch.checksum))
+
+    def on_checked(self, key: Key, intact: bool) -> bool | None:
+        """The checksum was compared. True: done; False: given up; None: it is fetched once more, or was not ours."""
+        fetch = self._all.get(key)
+        if fetch is None:
+            return None
+        fetch.attempts += 1
+        if not intact and fetch.attempts < self._context.config.repair.attempts_max:
+            self._context.counts["payloads_refetched"] += 1
+            fetch.received = RangeSet()
+            self._ask(fetch)
+            return None
+        self.end(key, drop=not intact)
+        return intact
+
+    def end(self, key: Key, *, drop: bool = True) -> None:
+        """Nobody wants this payload any more, or it is complete."""
+        fetch = self._all.pop(key, None)
+        if fetch is None:
+            return
+        if fetch.started:
+            self._under_way -= fetch.size
+            if drop:
+                self._context.emit(DropPayload(*key))
+        self._start()
+
+    def forget(self, peer: str) -> list[Key]:
+        """The peer is gone: what it has not sent will not come."""
+        keys = [fetch.key for fetch in self._all.values() if fetch.peer == peer]
+        for key in keys:
+            self.end(key)
+        return keys
+
+    def tick(self) -> None:
+        """Ask again for what stalled: neither it nor anything before it from that peer has moved."""
+        for fetch in list(self._all.values()):
+            if self._is_asking(fetch) and self._context.now >= self._due_ns(fetch):
+                self._context.counts["fetches_repeated"] += 1
+                self._ask(fetch)
+
+    def _is_asking(self, fetch: _Fetch) -> bool:
+        return fetch.started and fetch.received.count < fetch.size
+
+    def _due_ns(self, fetch: _Fetch) -> int:
+        return max(fetch.due_ns, self._progress.get(fetch.peer, 0) + fetch.wait_ns)
+
+    def next_deadline_ns(self) -> int | None:
+        """When a fetch may have stalled."""
+        return min((self._due_ns(fetch) for fetch in self._all.values() if self._is_asking(fetch)), default=None)
+
+    def check_invariants(self) -> None:
+        """Assert the sum of what is under way, and that a slot is never left idle (I7, I9)."""
+        assert self._under_way == sum(fetch.size for fetch in self._all.values() if fetch.started)
+        assert self._under_way or not self._all

@@ -1,0 +1,312 @@
+"""The core: `FabricCore.handle(event, now_ns)` takes what happened and returns what to do. It is the only mutator.
+
+It composes five parts, each with its own state: members (who is there), publishing and subscribing (the two sides of feeds),
+fetching (addressed payloads), exchange (requests). Dispatch is by type for events and by kind for messages. Any bytes from the
+world give commands or a counted drop, never an exception.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from fabric.config import FabricConfig
+from fabric.core import events
+from fabric.core.events import Buffer, Card, DisconnectPeer, SendBulk
+from fabric.core.exchange import Exchange
+from fabric.core.fetching import Fetching
+from fabric.core.members import Context, Members, Peer, card_fields, card_of
+from fabric.core.publishing import Publishing
+from fabric.core.subscribing import Subscribing
+from fabric.core.wire import Control, Drop, Kind, decode_control, decode_data, encode_control
+from fabric.errors import WireFormatError
+
+__all__ = ["FabricCore"]
+
+FETCH_BYTES_MAX = 64 * 1024 * 1024
+"""Most bytes of a payload that one FETCH is answered with; the rest is asked for again."""
+
+
+class FabricCore:
+    """The protocol of one member, without IO."""
+
+    def __init__(self, card: Card, config: FabricConfig) -> None:
+        self.context = Context(card, config)
+        self.members = Members(self.context)
+        self.fetching = Fetching(self.context)
+        self.publishing = Publishing(self.context, self.members)
+        self.subscribing = Subscribing(self.context, self.members, self.fetching)
+        self.exchange = Exchange(self.context, self.members, self.fetching)
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            events.BurstClosed: self.publishing.close_burst,
+            events.DataReceived: self._on_data,
+            events.ControlReceived: self._on_control,
+            events.BulkReceived: self._on_bulk,
+            events.MessagesSettled: self.subscribing.settle,
+            events.TimePassed: self._on_time,
+            events.FeedOpened: self.publishing.open_feed,
+            events.RoomNeeded: self._on_room_needed,
+            events.SubscriptionOpened: self.subscribing.open,
+            events.SubscriptionClosed: lambda event: self.subscribing.close(event.subscription),
+            events.RequestIssued: self.exchange.issue,
+            events.RequestAbandoned: lambda event: self.exchange.abandon(event.request),
+            events.ReplyIssued: self.exchange.reply,
+            events.PayloadChecked: self._on_payload_checked,
+            events.PeerAnnounced: lambda event: self._meet(event.card),
+            events.PeerDied: self._on_peer_died,
+            events.RosterAsked: self._on_roster_asked,
+            events.IntakeStopped: self._on_intake_stopped,
+            events.WriteFinished: lambda event: self._count("writes_finished"),
+            events.WriteFailed: lambda event: self._count("writes_failed"),
+            events.RecordsLoaded: lambda event: self._count("records_loaded"),
+        }
+        self._messages: dict[Kind, Callable[[Peer, list[Any]], None]] = {
+            Kind.REGISTER: self.publishing.register,
+            Kind.REGISTERED: lambda peer, f: self.subscribing.on_registered(peer, *f),
+            Kind.UNREGISTER: lambda peer, f: self.publishing.unregister(peer.name, *f),
+            Kind.ACKNOWLEDGE: lambda peer, f: self.publishing.on_acknowledge(peer, *f),
+            Kind.PULL: lambda peer, f: self.publishing.on_pull(peer, *f),
+            Kind.JOIN: lambda peer, f: self.publishing.on_join(*f),
+            Kind.HEARTBEAT: self._on_heartbeat,
+            Kind.UNKNOWN: lambda peer, f: self.subscribing.on_unknown(peer, *f),
+            Kind.STATUS: lambda peer, f: self.publishing.on_status(peer, *f),
+            Kind.FIN: self._on_fin,
+            Kind.BYE: self._on_bye,
+            Kind.REQUEST: self.exchange.on_request,
+            Kind.ACCEPTED: lambda peer, f: self.exchange.on_accepted(*f),
+            Kind.REPLY: lambda peer, f: self.exchange.on_reply(peer, *f),
+            Kind.FETCH: self._on_fetch,
+        }
+        self._unbound: dict[Kind, Callable[[Control], None]] = {
+            Kind.HELLO: self._on_hello,
+            Kind.FENCED: self.members.on_fenced,
+            Kind.ROSTER_ASK: self._on_roster_ask,
+            Kind.ROSTER: self._on_roster,
+        }
+
+    def handle(self, event: object, now_ns: int) -> list[Any]:
+        """Take one event at a monotonic time in nanoseconds; returns the commands to execute, in order."""
+        context = self.context
+        context.now = max(context.now, now_ns)
+        self._handlers[type(event)](event)
+        commands = context.commands.copy()
+        context.commands.clear()  # the same list for ever: inbound feeds hold on to its append
+        return commands
+
+    def next_deadline_ns(self) -> int:
+        """When `TimePassed` is due at the latest."""
+        dues = [
+            self.members.next_deadline_ns(),
+            self.publishing.next_deadline_ns(),
+            self.subscribing.next_deadline_ns(),
+            self.fetching.next_deadline_ns(),
+            self.exchange.next_deadline_ns(),
+        ]
+        return min(due for due in dues if due is not None)
+
+    def _count(self, what: str) -> None:
+        self.context.counts[what] += 1
+
+    def _on_time(self, event: events.TimePassed) -> None:
+        for peer in self.members.tick():
+            self._hello(peer)
+        self.publishing.tick()
+        self.subscribing.tick()
+        self.fetching.tick()
+        self.exchange.tick()
+
+    # Frames.
+
+    def _on_data(self, event: events.DataReceived) -> None:
+        try:
+            burst, nonces = decode_data(event.frame)
+            if nonces is None:
+                self.subscribing.on_burst(burst)
+            else:
+                self.subscribing.on_marker(burst.feed, burst.incarnation, burst.first, nonces)
+        except WireFormatError as error:
+            self._count(error.fields["reason"])
+
+    def _on_control(self, event: events.ControlReceived) -> None:
+        try:
+            message = decode_control(event.frame)
+        except WireFormatError as error:
+            self._count(error.fields["reason"])
+            return
+        unbound = self._unbound.get(message.kind)
+        if unbound is not None:
+            unbound(message)
+            return
+        handler = self._messages.get(message.kind)
+        peer = self.members.sender_of(message, event.peer)
+        if handler is None or peer is None:
+            self._count(Drop.KIND if handler is None else Drop.STRANGER)
+            return
+        handler(peer, message.fields)
+
+    def _on_bulk(self, event: events.BulkReceived) -> None:
+        try:
+            message = decode_control(event.header)
+            peer = self.members.sender_of(message, event.peer)
+            if peer is not None:
+                self._take_bulk(peer, message, event.chunk)
+        except WireFormatError as error:
+            self._count(error.fields["reason"])
+
+    def _take_bulk(self, peer: Peer, message: Control, chunk: Buffer | None) -> None:
+        fields = message.fields
+        if message.kind is Kind.CHUNK and chunk is not None:
+            space, number, position, _ = fields
+            self.fetching.on_chunk(peer.name, (space, number), position, chunk)
+        elif message.kind is Kind.REPAIR and chunk is not None:
+            burst, nonces = decode_data(bytes(chunk))
+            if nonces is None:
+                self.subscribing.on_repair(peer, *fields, burst)
+        elif message.kind is Kind.AVAILABLE:
+            self.subscribing.on_available(peer, *fields)
+        elif message.kind is Kind.MISSING:
+            space, number, _ = fields
+            if (space, number) in self.fetching:
+                self.fetching.end((space, number))
+                self._give_payload(space, number, None, Drop.GAP)
+        else:
+            self._count(Drop.KIND)
+
+    # Members.
+
+    def _meet(self, card: Card) -> Peer | None:
+        before = self.members.by_name.get(card.name)
+        peer = self.members.meet(card)
+        if peer is not None:
+            if before is not None:
+                self.publishing.forget(peer.name)
+                self.exchange.forget(peer.name)
+                self._lose_fetches(peer.name)
+            self.subscribing.welcome(peer)
+        return peer
+
+    def _hello(self, peer: Peer) -> None:
+        context = self.context
+        context.send(peer.name, Kind.HELLO, *card_fields(context.card), peer.incarnation, self.subscribing.registrations())
+
+    def _on_hello(self, message: Control) -> None:
+        card = card_of(message.fields, message.incarnation)
+        new = self._meet(card)
+        peer = self.members.by_name.get(card.name)
+        if peer is None or peer.incarnation != card.incarnation or peer.id != message.source or card.name == self.context.name:
+            return
+        self.members.sender_of(message, None)
+        if new is not None:
+            peer.hello_due_ns = self.context.now + peer.hello_wait_ns
+        for registration in message.fields[11]:
+            self.publishing.register(peer, registration)
+        if new is not None or message.fields[10] != self.context.incarnation:
+            self._hello(peer)
+        self.members.greeted(peer, message.fields[10])
+
+    def _on_heartbeat(self, peer: Peer, fields: list[Any]) -> None:
+        feeds, seen = fields
+        self.members.greeted(peer, seen)
+        if seen != self.context.incarnation:
+            self._hello(peer)
+        self.subscribing.on_heartbeat(peer, feeds)
+
+    def _on_fin(self, peer: Peer, fields: list[Any]) -> None:
+        topic, incarnation, _, _, _, end, exact = fields
+        self.subscribing.on_fin(peer, topic, incarnation, end, exact)
+
+    def _on_bye(self, peer: Peer, fields: list[Any]) -> None:
+        self.members.leave(peer, "left")
+        self.subscribing.on_bye(peer, fields[0])
+        self._part_from(peer)
+
+    def _on_peer_died(self, event: events.PeerDied) -> None:
+        peer = self.members.by_name.get(event.name)
+        if peer is not None and peer.incarnation == event.incarnation and not peer.is_gone:
+            self.members.leave(peer, "dead")
+            self.subscribing.on_death(peer)
+            self._part_from(peer)
+
+    def _part_from(self, peer: Peer) -> None:
+        self.publishing.forget(peer.name)
+        self.exchange.forget(peer.name)
+        self._lose_fetches(peer.name)
+        self.context.emit(DisconnectPeer(peer.name))
+
+    def _lose_fetches(self, name: str) -> None:
+        for space, number in self.fetching.forget(name):
+            self._give_payload(space, number, None, Drop.GAP)
+
+    def _on_roster_asked(self, event: events.RosterAsked) -> None:
+        self.context.send(event.peer, Kind.ROSTER_ASK, *card_fields(self.context.card), self.context.incarnation)
+
+    def _on_roster_ask(self, message: Control) -> None:
+        card = card_of(message.fields, message.incarnation)
+        if card.job != self.context.card.job:
+            self._count(Drop.STRANGER)
+            return
+        if self._meet(card) is None and card.name not in self.members.by_name:
+            return
+        cards = [(*card_fields(peer.card), peer.incarnation) for peer in self.members.by_name.values() if not peer.is_gone]
+        self.context.send(card.name, Kind.ROSTER, cards)
+
+    def _on_roster(self, message: Control) -> None:
+        for fields in message.fields[0]:
+            self._meet(card_of(fields, fields[10]))
+
+    def _on_intake_stopped(self, event: events.IntakeStopped) -> None:
+        ends = self.publishing.stop()
+        self.subscribing.acknowledge()
+        if event.say_bye:
+            for peer in self.members.others():
+                if not peer.is_gone and peer.state != "known":
+                    self.context.send(peer.name, Kind.BYE, ends)
+
+    # Payloads.
+
+    def _on_fetch(self, peer: Peer, fields: list[Any]) -> None:
+        space, number, position, length, token = fields
+        payload = self.publishing.payload_of(space, number)
+        payload = payload if payload is not None else self.exchange.payload_of(peer, space, number)
+        context = self.context
+        if payload is None:
+            header = encode_control(Kind.MISSING, context.id, context.incarnation, space, number, token)
+            context.emit(SendBulk(peer.name, header, None))
+            return
+        view = memoryview(payload)
+        size, step = view.nbytes, context.config.repair.chunk_bytes
+        end = min(position + length, position + FETCH_BYTES_MAX, size)
+        for begin in range(position, end, step):
+            header = encode_control(Kind.CHUNK, context.id, context.incarnation, space, number, begin, token)
+            context.emit(SendBulk(peer.name, header, view[begin : min(begin + step, end)]))
+
+    def _on_payload_checked(self, event: events.PayloadChecked) -> None:
+        outcome = self.fetching.on_checked((event.space, event.number), event.payload is not None)
+        if outcome is not None:
+            self._give_payload(event.space, event.number, event.payload, Drop.CORRUPT_AT_SOURCE)
+
+    def _give_payload(self, space: int, number: int, payload: Buffer | None, reason: str) -> None:
+        if not self.exchange.on_payload((space, number), payload):
+            self.subscribing.on_payload(space, number, payload, reason)
+
+    def _on_room_needed(self, event: events.RoomNeeded) -> None:
+        out = self.publishing.feeds[event.topic]
+        self.context.counts["dropped_oldest"] += self.publishing.retention.drop_oldest(out, event.size)
+
+    # Looking.
+
+    def statistics(self) -> Counter[str]:
+        """All counters, and the sums over the feeds that are followed now."""
+        return self.context.counts + self.subscribing.totals()
+
+    def check_invariants(self) -> None:
+        """Assert what must hold between events; the simulation calls it after each."""
+        self.publishing.check_invariants()
+        self.subscribing.check_invariants()
+        self.fetching.check_invariants()
+        self.exchange.check_invariants()
+
+    def __repr__(self) -> str:
+        context = self.context
+        return f"FabricCore({context.name}@{context.incarnation}, feeds={len(self.publishing.feeds)}, follows={len(self.subscribing.followed)})"

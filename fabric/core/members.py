@@ -1,0 +1,209 @@
+"""Who is there: cards, greetings, incarnations, liveness, fencing (RULES P9, S7 as far as they concern members)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from fabric.config import FabricConfig
+from fabric.core.events import Card, ConnectPeer, ProbePeer, ReportFenced, ReportPeer, SendControl
+from fabric.core.wire import VERSION, Control, Drop, Kind, encode_control, member_id
+
+__all__ = ["Context", "Members", "Peer", "card_fields", "card_of"]
+
+MS, S = 1_000_000, 1_000_000_000
+HELLO_FIRST_NS, HELLO_MAX_NS = 20 * MS, 1 * S
+
+
+class Context:
+    """What the parts of the core share: who we are, the time of the event in hand, and the commands that it leads to."""
+
+    def __init__(self, card: Card, config: FabricConfig) -> None:
+        self.card, self.config = card, config
+        self.name, self.incarnation, self.id = card.name, card.incarnation, member_id(card.name)
+        self.now = self.deadline_ns = 0
+        self.commands: list[Any] = []
+        self.emit = self.commands.append
+        self.counts: Counter[str] = Counter()
+        """Events that have a counter and no other trace: drops by reason, demotions, repairs, resends."""
+
+    def send(self, peer: str, kind: Kind, *fields: object) -> None:
+        """Send one message on CONTROL."""
+        self.emit(SendControl(peer, encode_control(kind, self.id, self.incarnation, *fields)))
+
+
+class Peer:
+    """A member that we know of, ourselves included."""
+
+    __slots__ = ("card", "data_heard_ns", "heard_ns", "hello_due_ns", "hello_wait_ns", "id", "name", "probed_ns", "sees_us", "state", "told_ns")
+
+    def __init__(self, card: Card, now: int) -> None:
+        self.card, self.name, self.id = card, card.name, member_id(card.name)
+        self.state = "known"
+        self.sees_us = False
+        """Whether it has told us that it knows this incarnation of us."""
+        self.heard_ns = self.data_heard_ns = now
+        self.told_ns = self.probed_ns = 0
+        self.hello_due_ns, self.hello_wait_ns = now, HELLO_FIRST_NS
+
+    @property
+    def incarnation(self) -> int:
+        """Of its current life."""
+        return self.card.incarnation
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it answers, as far as we know; nobody waits for others."""
+        return self.state in ("joined", "up", "suspect")
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it said goodbye or is proven dead."""
+        return self.state in ("left", "dead")
+
+    def __repr__(self) -> str:
+        return f"Peer({self.name}, {self.state}, incarnation={self.incarnation})"
+
+
+class Members:
+    """The roster of this member."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.by_name: dict[str, Peer] = {}
+        self.by_id: dict[int, Peer] = {}
+        self.fenced_by = 0
+        ourselves = Peer(context.card, 0)
+        ourselves.state, ourselves.sees_us = "up", True
+        self._add(ourselves)
+
+    def _add(self, peer: Peer) -> None:
+        self.by_name[peer.name] = self.by_id[peer.id] = peer
+
+    def others(self) -> list[Peer]:
+        """All members but us."""
+        return [peer for peer in self.by_name.values() if peer.name != self._context.name]
+
+    def meet(self, card: Card) -> Peer | None:
+        """A card is known now. Returns the peer if this is news: a new member, or a new life of a known one."""
+        context = self._context
+        if card.job != context.card.job:
+            context.counts[Drop.STRANGER] += 1
+            return None
+        if card.version != VERSION:
+            context.emit(ReportPeer(card.name, "version", str(card.version)))
+            return None
+        if card.name == context.name:
+            self._meet_ourselves(card)
+            return None
+        known = self.by_name.get(card.name)
+        if known is not None and card.incarnation <= known.incarnation:
+            if card.incarnation < known.incarnation:
+                self._fence(card, known.incarnation)
+            return None
+        peer = Peer(card, context.now)
+        self._add(peer)
+        context.emit(ConnectPeer(peer.name, card))
+        return peer
+
+    def _meet_ourselves(self, card: Card) -> None:
+        if card.incarnation > self._context.incarnation and card.incarnation > self.fenced_by:
+            self.fenced_by = card.incarnation
+            self._context.emit(ReportFenced(card.incarnation))
+
+    def _fence(self, zombie: Card, newest: int) -> None:
+        """A live older incarnation is told, over connections of its own: its name leads to the newer one."""
+        key = f"{zombie.name}@{zombie.incarnation}"
+        self._context.counts["zombies_told"] += 1
+        self._context.emit(ConnectPeer(key, zombie))
+        self._context.send(key, Kind.FENCED, newest)
+
+    def on_fenced(self, message: Control) -> None:
+        """Somebody saw a newer life of us: stop publishing (P9)."""
+        newest = message.fields[0]
+        if newest > self._context.incarnation and not self.fenced_by:
+            self.fenced_by = newest
+            self._context.emit(ReportFenced(newest))
+
+    def sender_of(self, message: Control, authenticated: str | None) -> Peer | None:
+        """The peer that sent this, if it is one we know in its current life; counted otherwise."""
+        peer = self.by_id.get(message.source)
+        if peer is None or message.incarnation != peer.incarnation:
+            self._context.counts[Drop.STRANGER if peer is None else Drop.STALE] += 1
+            return None
+        if authenticated is not None and authenticated != peer.name:
+            self._context.counts[Drop.IMPOSTOR] += 1
+            return None
+        self._heard(peer)
+        return peer
+
+    def _heard(self, peer: Peer) -> None:
+        peer.heard_ns = self._context.now
+        if peer.state in ("suspect", "down"):
+            self._change(peer, "up")
+
+    def greeted(self, peer: Peer, seen: int) -> None:
+        """A HELLO or heartbeat told which incarnation of us the peer has seen."""
+        if seen == self._context.incarnation and not peer.sees_us:
+            peer.sees_us = True
+            self._change(peer, "joined")
+
+    def leave(self, peer: Peer, state: str) -> None:
+        """The peer said goodbye ("left") or is proven dead ("dead")."""
+        if not peer.is_gone:
+            self._change(peer, state)
+
+    def _change(self, peer: Peer, state: str) -> None:
+        peer.state = state
+        self._context.emit(ReportPeer(peer.name, state))
+
+    def tick(self) -> list[Peer]:
+        """Judge silence; returns the peers that are due a HELLO."""
+        due = []
+        for peer in self.others():
+            if peer.is_gone:
+                continue
+            self._judge(peer)
+            if not peer.sees_us and self._context.now >= peer.hello_due_ns:
+                peer.hello_due_ns = self._context.now + peer.hello_wait_ns
+                peer.hello_wait_ns = min(2 * peer.hello_wait_ns, HELLO_MAX_NS)
+                due.append(peer)
+        return due
+
+    def _judge(self, peer: Peer) -> None:
+        liveness, now = self._context.config.liveness, self._context.now
+        silence = now - peer.heard_ns
+        if silence > liveness.down_s * S and peer.state in ("joined", "up", "suspect"):
+            self._change(peer, "down")
+        elif silence > liveness.suspect_s * S and peer.state in ("joined", "up"):
+            self._change(peer, "suspect")
+        if peer.state in ("suspect", "down") and peer.card.host == self._context.card.host and now - peer.probed_ns > S:
+            peer.probed_ns = now
+            self._context.emit(ProbePeer(peer.card))
+
+    def next_deadline_ns(self) -> int | None:
+        """When a HELLO is due next."""
+        dues = [peer.hello_due_ns for peer in self.others() if not peer.sees_us and not peer.is_gone]
+        return min(dues, default=None)
+
+
+def card_fields(card: Card) -> tuple[Any, ...]:
+    """A card as it travels, its incarnation apart: that stands in the frame's header."""
+    rank = 0 if card.rank is None else card.rank + 1
+    return (card.name, rank, card.world_size, card.job, card.host, card.pid, card.version, *card.endpoints)
+
+
+def card_of(fields: list[Any], incarnation: int) -> Card:
+    """The card in the first ten fields of a message."""
+    name, rank, world_size, job, host, pid, version, data, control, bulk = fields[:10]
+    return Card(
+        name=name,
+        rank=rank - 1 if rank else None,
+        world_size=world_size,
+        job=job,
+        host=host,
+        pid=pid,
+        version=version,
+        incarnation=incarnation,
+        endpoints=(data, control, bulk),
+    )

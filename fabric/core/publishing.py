@@ -1,0 +1,260 @@
+"""The publisher's part of the protocol: registrations, acknowledgements, repairs, markers and heartbeats (RULES P1 to P7)."""
+
+from __future__ import annotations
+
+
+from fabric.config import Policy, Start
+from fabric.core.events import Broadcast, Buffer, BurstClosed, FeedOpened, SendBulk
+from fabric.core.feeds import OutFeed, Reader, Retention
+from fabric.core.members import MS, Context, Members, Peer
+from fabric.core.wire import Drop, Kind, encode_control, encode_marker, feed_id
+from fabric.errors import TopicError
+from fabric.topics import Pattern, compile_pattern
+
+__all__ = ["Publishing"]
+
+FEEDS_PER_FRAME = 400
+"""Feeds in one REGISTERED: with the longest topics it stays below CONTROL_BYTES_MAX."""
+HEARTBEAT_FEEDS_MAX = 1000
+REGISTRATIONS_PER_PEER_MAX = 4096
+"""Subscriptions that one peer may hold here."""
+
+
+class _Registration:
+    """A subscription of a member. `joins`: where it began in each feed that it matches; a repeated HELLO gets the same answer."""
+
+    __slots__ = ("best_effort", "from_start", "joins", "pattern", "reader", "start")
+
+    def __init__(self, reader: Reader, pattern: Pattern, start: str, best_effort: bool, from_start: bool) -> None:
+        self.reader, self.pattern, self.start = reader, pattern, start
+        self.best_effort, self.from_start = best_effort, from_start
+        self.joins: dict[int, int] = {}
+
+
+class Publishing:
+    """All feeds of this incarnation, and who reads them."""
+
+    def __init__(self, context: Context, members: Members) -> None:
+        self._context, self._members = context, members
+        self.feeds: dict[str, OutFeed] = {}
+        self.by_id: dict[int, OutFeed] = {}
+        retention = context.config.retention
+        self.retention = Retention(owed_bytes_max=retention.owed_bytes_max, kept_bytes_max=retention.kept_bytes_max)
+        self._registrations: dict[str, dict[int, _Registration]] = {}
+        self._pending: dict[int, OutFeed] = {}
+        """Feeds that some reader has not acknowledged to their end: they are marked and listed."""
+
+    # The application.
+
+    def open_feed(self, event: FeedOpened) -> None:
+        """A feed begins; every registration that matches it is told and begins at offset 0."""
+        identity = feed_id(self._context.name, self._context.incarnation, event.topic)
+        out = OutFeed(identity, event.topic, event.policy, self._context.incarnation)
+        self.feeds[event.topic] = self.by_id[identity] = out
+        for registrations in self._registrations.values():
+            for registration in registrations.values():
+                if registration.pattern.matches(event.topic):
+                    self._enrol(registration, out, 0)
+                    self._tell(registration, [out])
+
+    def close_burst(self, event: BurstClosed) -> None:
+        """Retain, then send."""
+        out = self.feeds[event.topic]
+        burst = self.retention.append(out, event.first, event.count, event.frame, event.payloads)
+        if out.policy is Policy.LATEST:
+            self.retention.supersede(out, burst, event.seeds)
+        out.last_data_ns = self._context.now
+        if out.readers:
+            self._pending[out.feed] = out
+        if out.readers or out.listeners:
+            self._context.emit(Broadcast(event.frame))
+        self._context.counts["bursts_published"] += 1
+
+    def stop(self) -> list[tuple[int, int]]:
+        """No burst follows; returns the ends of all feeds for BYE."""
+        for out in self.feeds.values():
+            out.closed = True
+        return [(out.feed, out.end) for out in self.feeds.values() if out.readers or out.listeners]
+
+    # Registrations.
+
+    def register(self, peer: Peer, fields: list[object]) -> None:
+        """A subscription of a peer (S1). Its first registration fixes its join offsets."""
+        number, text, start, delivery, from_start, positions = fields
+        assert isinstance(number, int) and isinstance(text, str) and isinstance(start, str) and isinstance(positions, list)
+        mine = self._registrations.setdefault(peer.name, {})
+        registration = mine.get(number)
+        if registration is None:
+            if len(mine) >= REGISTRATIONS_PER_PEER_MAX:
+                self._context.counts[Drop.NO_ROOM] += 1
+                return
+            try:
+                pattern, start = compile_pattern(text), Start(start)
+            except (TopicError, ValueError):
+                self._context.counts[Drop.SHAPE] += 1
+                return
+            registration = mine[number] = _Registration((peer.name, number), pattern, start, delivery == "best_effort", bool(from_start))
+            stated = {feed: floor for feed, floor in positions}
+            for out in self.feeds.values():
+                if pattern.matches(out.topic):
+                    self._enrol(registration, out, stated.get(out.feed, 0 if from_start else out.join_offset(start)))
+        self._tell(registration, [self.by_id[feed] for feed in registration.joins])
+
+    def _enrol(self, registration: _Registration, out: OutFeed, join: int) -> None:
+        join = registration.joins[out.feed] = min(join, out.end)
+        if registration.best_effort or out.policy is Policy.LOSSY:
+            out.listeners.add(registration.reader)
+            return
+        if join < out.end:
+            self.retention.owe_again(out, join)
+        elif not out.readers:
+            out.acknowledged = out.end
+        out.readers[registration.reader] = join
+        if join < out.end:
+            self._pending[out.feed] = out
+
+    def _tell(self, registration: _Registration, feeds: list[OutFeed]) -> None:
+        name, number = registration.reader
+        joins = registration.joins
+        for begin in range(0, len(feeds) or 1, FEEDS_PER_FRAME):
+            some = [
+                (out.feed, out.topic, out.policy.value, joins[out.feed], out.end, out.first_available)
+                for out in feeds[begin : begin + FEEDS_PER_FRAME]
+            ]
+            self._context.send(name, Kind.REGISTERED, number, len(joins), some)
+
+    def unregister(self, name: str, number: int) -> None:
+        """A subscription ended."""
+        registration = self._registrations.get(name, {}).pop(number, None)
+        if registration is None:
+            return
+        for feed in registration.joins:
+            out = self.by_id[feed]
+            out.readers.pop(registration.reader, None)
+            out.listeners.discard(registration.reader)
+            self._settle(out)
+
+    def forget(self, name: str) -> None:
+        """A member left, died or began a new life: what it subscribed to ended with it."""
+        for number in list(self._registrations.get(name, ())):
+            self.unregister(name, number)
+
+    def registrations_of(self, name: str) -> int:
+        """How many subscriptions of a member are registered here."""
+        return len(self._registrations.get(name, ()))
+
+    def on_acknowledge(self, peer: Peer, entries: list[tuple[int, int, int]]) -> None:
+        """Cumulative: positions are only raised (S2)."""
+        for number, feed, floor in entries:
+            out = self.by_id.get(feed)
+            reader = (peer.name, number)
+            if out is None or reader not in out.readers:
+                if number not in self._registrations.get(peer.name, ()):
+                    self._context.send(peer.name, Kind.UNKNOWN, number)
+                continue
+            if out.readers[reader] < floor <= out.end:
+                out.readers[reader] = floor
+                self._settle(out)
+
+    def _settle(self, out: OutFeed) -> None:
+        self.retention.acknowledge(out)
+        if out.is_acknowledged:
+            self._pending.pop(out.feed, None)
+
+    # Answers on BULK.
+
+    def on_pull(self, peer: Peer, feed: int, token: int, credit: int, ranges: list[tuple[int, int]]) -> None:
+        """Data within the credit, then what is available (P5)."""
+        out = self.by_id.get(feed)
+        if out is None:
+            self._context.counts[Drop.STRANGER] += 1
+            return
+        bursts, lost = out.select(ranges, min(credit, self._context.config.repair.window_bytes))
+        for burst in bursts:
+            self._bulk(peer, Kind.REPAIR, feed, token, chunk=burst.frame)
+            self._context.counts["repaired_bytes"] += len(burst.frame)
+        self._bulk(peer, Kind.AVAILABLE, feed, token, out.first_available, out.end, lost)
+
+    def payload_of(self, feed: int, offset: int) -> Buffer | None:
+        """The value of an addressed record, while it is retained."""
+        out = self.by_id.get(feed)
+        burst = out.find(offset) if out else None
+        return burst.payloads.get(offset) if burst and burst.payloads else None
+
+    def _bulk(self, peer: Peer, kind: Kind, *fields: object, chunk: Buffer | None = None) -> None:
+        header = encode_control(kind, self._context.id, self._context.incarnation, *fields)
+        self._context.emit(SendBulk(peer.name, header, chunk))
+
+    def on_join(self, feeds: list[tuple[int, int]]) -> None:
+        """A marker over the push link proves it to those who asked (S8)."""
+        nonces: dict[int, list[int]] = {}
+        for feed, nonce in feeds:
+            nonces.setdefault(feed, []).append(nonce)
+        for feed, echoed in nonces.items():
+            out = self.by_id.get(feed)
+            if out is not None:
+                self._mark(out, echoed[:1000])
+
+    def _mark(self, out: OutFeed, nonces: list[int]) -> None:
+        out.marked_ns = self._context.now
+        frame = encode_marker(out.feed, out.incarnation, out.end, 0, nonces)
+        self._context.emit(Broadcast(frame, marker=True))
+
+    def on_status(self, peer: Peer, topic: str, incarnation: int) -> None:
+        """Where an older feed of ours ended: nothing is left of it, so its end is not known (P7)."""
+        if incarnation < self._context.incarnation:
+            out = self.feeds.get(topic)
+            self._context.send(peer.name, Kind.FIN, topic, incarnation, self._context.incarnation, out.feed if out else 0, 0, 0, False)
+
+    # Time.
+
+    def tick(self) -> None:
+        """Mark idle feeds, send heartbeats, expire who was absent too long."""
+        liveness, now = self._context.config.liveness, self._context.now
+        for out in list(self._pending.values()):
+            idle_since = max(out.last_data_ns + liveness.idle_marker_ms * MS, 0)
+            if now >= idle_since and (out.marked_ns < out.last_data_ns or now - out.marked_ns >= liveness.marker_ms * MS):
+                self._mark(out, [])
+        for peer in self._members.others():
+            if not peer.is_gone and peer.state != "known":
+                self._heartbeat(peer)
+                self._expire(peer)
+
+    def _heartbeat(self, peer: Peer) -> None:
+        liveness, now = self._context.config.liveness, self._context.now
+        if now - peer.told_ns < liveness.marker_ms * MS:
+            return
+        listed = [
+            (out.feed, out.end)
+            for out in self._pending.values()
+            if any(name == peer.name and position < out.end for (name, _), position in out.readers.items())
+        ][:HEARTBEAT_FEEDS_MAX]
+        if listed or now - peer.told_ns >= liveness.heartbeat_ms * MS:
+            peer.told_ns = now
+            self._context.send(peer.name, Kind.HEARTBEAT, listed, peer.incarnation)
+
+    def _expire(self, peer: Peer) -> None:
+        absent_ns = self._context.config.retention.absent_s * 1000 * MS
+        if self._registrations.get(peer.name) and self._context.now - peer.heard_ns > absent_ns:
+            self._context.counts["registrations_expired"] += len(self._registrations[peer.name])
+            self.forget(peer.name)
+
+    def next_deadline_ns(self) -> int:
+        """When markers or heartbeats may be due."""
+        liveness = self._context.config.liveness
+        wait_ms = liveness.idle_marker_ms if self._pending else liveness.heartbeat_ms
+        return self._context.now + wait_ms * MS
+
+    # Looking.
+
+    def readers_elsewhere(self, topic: str) -> dict[Reader, int]:
+        """The owed subscriptions of other members on a topic, and what each acknowledged."""
+        out = self.feeds.get(topic)
+        return {reader: floor for reader, floor in out.readers.items() if reader[0] != self._context.name} if out else {}
+
+    def check_invariants(self) -> None:
+        """Assert what must hold between feeds, retention and registrations."""
+        self.retention.check_invariants(self.feeds.values())
+        for out in self.feeds.values():
+            if out.policy is not Policy.LOSSY:
+                assert out.is_acknowledged or out.feed in self._pending, f"{out} would never be marked"

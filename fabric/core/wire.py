@@ -1,0 +1,425 @@
+"""Frames: bursts and markers on DATA, messages on CONTROL, headed chunks on BULK. PROTOCOL.md specifies every byte.
+
+All numbers are little-endian. Every frame ends with the XXH3-64 checksum of all bytes before it.
+
+    DATA     feed u64 | "TF" | version u8 | kind u8 | flags u16 | codec u16 | incarnation u64 | first u64 | count u32 | schema u32 |
+             published_ns i64 | columns or nonces | bodies | checksum u64
+    CONTROL  "TF" | version u8 | kind u8 | reserved u32 | source u64 | incarnation u64 | msgpack array | checksum u64
+    BULK     a frame like those of CONTROL, then the chunk as a second frame
+
+The columns of a burst are whole arrays, one after the other: seeds i64, sequences i64, previous i64, lengths u32, metadata
+lengths u32 (only if flagged), kinds u8. A record's body is its metadata (a msgpack map) and then its value.
+
+`feed` stands first because SUB matches on a prefix. Decoding is total: any bytes give a value or `WireFormatError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import IntEnum, StrEnum
+from itertools import accumulate
+from operator import lt
+from struct import Struct, error as StructError, pack, unpack_from
+from typing import Any
+
+import msgpack
+from xxhash import xxh3_64_intdigest as checksum_of
+
+from fabric.config import BURST_BYTES_MAX
+from fabric.errors import WireFormatError
+
+__all__ = [
+    "ADDRESSED",
+    "CONTROL_BYTES_MAX",
+    "DATA_BYTES_MAX",
+    "NONE",
+    "TOMBSTONE",
+    "VERSION",
+    "Burst",
+    "Control",
+    "Drop",
+    "Kind",
+    "checksum_of",
+    "decode_control",
+    "decode_data",
+    "decode_descriptor",
+    "encode_burst",
+    "encode_control",
+    "encode_descriptor",
+    "encode_marker",
+    "feed_id",
+    "feed_prefix",
+    "member_id",
+]
+
+VERSION = 1
+MAGIC = b"TF"
+NONE = -1
+"""`previous` of the first record of a lane."""
+
+ADDRESSED = 0x80
+"""This bit of a record's kind says that its body is a descriptor and the value lies with its publisher."""
+TOMBSTONE = 0x7F
+"""Kind of a record whose value was lost at its source (a failed copy from a device)."""
+
+DATA_BYTES_MAX = BURST_BYTES_MAX + 64 * 1024
+"""Largest frame on DATA: the records of a burst and their columns; the smallest record takes 29 bytes of columns."""
+CONTROL_BYTES_MAX = 256 * 1024
+"""Largest frame on CONTROL: a value below 64 KiB, its method and metadata, or a thousand feeds."""
+
+BURST, MARKER = 1, 2
+HAS_METADATA, HAS_ADDRESSED = 1, 2
+_DATA = Struct("<Q2sBBHHQQIIq")
+_CONTROL = Struct("<2sBBIQQ")
+_TRAILER = Struct("<Q")
+_DESCRIPTOR = Struct("<QQ")
+_U64_END = 2**64
+OFFSET_END = 2**63
+"""Offsets are 0 <= offset < OFFSET_END: `previous` is a signed column."""
+_ENTRIES_MAX = 4096
+"""Entries in one list of a message; the longest of ours are acknowledgements, 4000. Bounds what a hostile length costs."""
+_COLUMN_BYTES = 8 + 8 + 8 + 4 + 1
+assert (_DATA.size, _CONTROL.size, _DESCRIPTOR.size) == (48, 24, 16)
+
+RECORD_BYTES = _COLUMN_BYTES
+"""What a record adds to a burst besides its body."""
+
+
+class Kind(IntEnum):
+    """Messages on CONTROL (below 64) and BULK (from 64)."""
+
+    HELLO = 1
+    REGISTER = 2
+    REGISTERED = 3
+    UNREGISTER = 4
+    ACKNOWLEDGE = 5
+    PULL = 6
+    JOIN = 7
+    HEARTBEAT = 8
+    UNKNOWN = 9
+    STATUS = 10
+    FIN = 11
+    FENCED = 12
+    BYE = 13
+    REQUEST = 16
+    ACCEPTED = 17
+    REPLY = 18
+    FETCH = 20
+    ROSTER_ASK = 24
+    ROSTER = 25
+    REPAIR = 64
+    AVAILABLE = 65
+    CHUNK = 66
+    MISSING = 67
+
+
+class Drop(StrEnum):
+    """Why something did not reach the application, or a frame was not taken: one enum for counters, metrics and letters."""
+
+    TRUNCATED = "truncated"
+    MAGIC = "magic"
+    VERSION = "version"
+    CHECKSUM = "checksum"
+    KIND = "kind"
+    SHAPE = "shape"
+    STRANGER = "stranger"
+    IMPOSTOR = "impostor"
+    STALE = "stale"
+    DUPLICATE = "duplicate"
+    NOT_ASKED = "not_asked"
+    NO_ROOM = "no_room"
+    GAP = "gap"
+    SUPERSEDED = "superseded"
+    BEST_EFFORT = "best_effort"
+    LOST_AT_SOURCE = "lost_at_source"
+    UNDECODABLE = "undecodable"
+    HANDLER_EXHAUSTED = "handler_exhausted"
+    CORRUPT_AT_SOURCE = "corrupt_at_source"
+    TOO_LARGE = "too_large"
+    EXPIRED = "expired"
+    REJECTED = "rejected"
+    BLOCKED = "blocked"
+
+
+# Identity.
+
+
+def member_id(name: str) -> int:
+    """The u64 by which frames name a member: XXH3-64 of its name."""
+    return checksum_of(name.encode())
+
+
+def feed_id(name: str, incarnation: int, topic: str) -> int:
+    """The u64 of a feed: XXH3-64 of publisher, incarnation and topic. Two feeds of one fabric meet with probability 2**-64."""
+    return checksum_of(f"{name}\0{incarnation}\0{topic}".encode())
+
+
+def feed_prefix(feed: int) -> bytes:
+    """What SUB filters on: the first eight bytes of each DATA frame of this feed."""
+    return feed.to_bytes(8, "little")
+
+
+# DATA.
+
+
+class Burst:
+    """Consecutive records of one feed. Columns are unpacked on first use; a burst delivered whole in order needs none of them
+    in the core. `payloads` holds fetched values of addressed records, by offset."""
+
+    __slots__ = ("_columns", "count", "end", "feed", "first", "flags", "frame", "incarnation", "payloads", "published_ns", "size")
+
+    def __init__(self, frame: bytes, feed: int, incarnation: int, first: int, count: int, flags: int, published_ns: int) -> None:
+        self.frame, self.feed, self.incarnation = frame, feed, incarnation
+        self.first, self.count, self.end, self.flags, self.published_ns = first, count, first + count, flags, published_ns
+        self.size = len(frame)
+        self._columns: tuple[Any, ...] | None = None
+        self.payloads: dict[int, Any] | None = None
+
+    @property
+    def has_addressed(self) -> bool:
+        """Whether any record's value lies with the publisher."""
+        return bool(self.flags & HAS_ADDRESSED)
+
+    @property
+    def columns(self) -> tuple[Any, ...]:
+        """(seeds, sequences, previous, kinds, starts, metadata lengths or None); `starts` has one entry more than records."""
+        if self._columns is None:
+            self._columns = self._unpack()
+        return self._columns
+
+    def _unpack(self) -> tuple[Any, ...]:
+        n, frame, at = self.count, self.frame, _DATA.size
+        seeds = unpack_from(f"<{n}q", frame, at)
+        sequences = unpack_from(f"<{n}q", frame, at + 8 * n)
+        previous = unpack_from(f"<{n}q", frame, at + 16 * n)
+        lengths = unpack_from(f"<{n}I", frame, at + 24 * n)
+        at += 28 * n
+        metadata = None
+        if self.flags & HAS_METADATA:
+            metadata = unpack_from(f"<{n}I", frame, at)
+            at += 4 * n
+        kinds = frame[at : at + n]
+        starts = tuple(accumulate(lengths, initial=at + n))
+        if starts[-1] != len(frame) - _TRAILER.size or (metadata and any(m > x for m, x in zip(metadata, lengths, strict=True))):
+            raise WireFormatError("lengths do not add up", reason=Drop.SHAPE)
+        return seeds, sequences, previous, kinds, starts, metadata
+
+    def check(self) -> None:
+        """Raise `WireFormatError` unless every row is possible: no negative numbers, and lanes that point backwards."""
+        seeds, sequences, previous, kinds, _, _ = self.columns
+        if bool(max(kinds) & ADDRESSED) != self.has_addressed:
+            raise WireFormatError("the flag of addressed records lies", reason=Drop.SHAPE)
+        if min(seeds) < 0 or min(sequences) < 0 or min(previous) < NONE or not all(map(lt, previous, range(self.first, self.end))):
+            raise WireFormatError("a lane that does not point backwards", reason=Drop.SHAPE)
+
+    def body(self, index: int) -> bytes:
+        """The value of one record, without its metadata."""
+        starts, metadata = self.columns[4], self.columns[5]
+        return self.frame[starts[index] + (metadata[index] if metadata else 0) : starts[index + 1]]
+
+    def metadata(self, index: int) -> bytes:
+        """The packed metadata of one record; empty if it has none."""
+        starts, metadata = self.columns[4], self.columns[5]
+        return self.frame[starts[index] : starts[index] + metadata[index]] if metadata else b""
+
+    def __repr__(self) -> str:
+        return f"Burst(feed={self.feed:016x}, offsets={self.first}..{self.end - 1}, bytes={self.size})"
+
+
+def encode_burst(
+    feed: int,
+    incarnation: int,
+    first: int,
+    published_ns: int,
+    seeds: Sequence[int],
+    sequences: Sequence[int],
+    previous: Sequence[int],
+    kinds: Iterable[int],
+    bodies: Sequence[bytes],
+    metadata: Sequence[bytes] | None = None,
+) -> bytes:
+    """One DATA frame. `metadata`, if any record has some, holds packed maps beside the bodies, which are without them."""
+    n, packed_kinds = len(bodies), bytes(kinds)
+    flags = (HAS_METADATA if metadata else 0) | (HAS_ADDRESSED if max(packed_kinds) & ADDRESSED else 0)
+    lengths: Iterable[int] = map(len, bodies)
+    extra: tuple[bytes, ...] = ()
+    pieces: Iterable[bytes] = bodies
+    if metadata:
+        sizes = tuple(map(len, metadata))
+        lengths = [a + b for a, b in zip(sizes, map(len, bodies), strict=True)]
+        extra = (pack(f"<{n}I", *sizes),)
+        pieces = [piece for pair in zip(metadata, bodies, strict=True) for piece in pair]
+    columns = pack(f"<{n}q{n}q{n}q{n}I", *seeds, *sequences, *previous, *lengths)
+    head = _DATA.pack(feed, MAGIC, VERSION, BURST, flags, 0, incarnation, first, n, 0, published_ns)
+    frame = b"".join((head, columns, *extra, packed_kinds, *pieces))
+    return frame + _TRAILER.pack(checksum_of(frame))
+
+
+def encode_marker(feed: int, incarnation: int, end: int, published_ns: int, nonces: Sequence[int] = ()) -> bytes:
+    """A DATA frame that tells the end of a feed and echoes the nonces of subscribers that join its push."""
+    frame = _DATA.pack(feed, MAGIC, VERSION, MARKER, 0, 0, incarnation, end, len(nonces), 0, published_ns)
+    frame += pack(f"<{len(nonces)}Q", *nonces)
+    return frame + _TRAILER.pack(checksum_of(frame))
+
+
+def decode_data(frame: bytes) -> tuple[Burst, None] | tuple[Burst, tuple[int, ...]]:
+    """A burst and None, or, for a marker, an empty burst whose `first` is the feed's end and the nonces that it echoes."""
+    try:
+        feed, magic, version, kind, flags, codec, incarnation, first, count, schema, published_ns = _DATA.unpack_from(frame)
+    except StructError:
+        raise WireFormatError(f"{len(frame)} bytes", reason=Drop.TRUNCATED) from None
+    _check_head(frame, magic, version)
+    if codec or schema or flags & ~(HAS_METADATA | HAS_ADDRESSED) or len(frame) > DATA_BYTES_MAX:
+        raise WireFormatError("reserved bits are set", reason=Drop.SHAPE)
+    if kind == MARKER:
+        if flags or first >= OFFSET_END or len(frame) != _DATA.size + 8 * count + _TRAILER.size:
+            raise WireFormatError("nonces do not add up", reason=Drop.SHAPE)
+        return Burst(frame, feed, incarnation, first, 0, 0, published_ns), unpack_from(f"<{count}Q", frame, _DATA.size)
+    if kind != BURST:
+        raise WireFormatError(f"kind {kind}", reason=Drop.KIND)
+    columns = _COLUMN_BYTES + (4 if flags & HAS_METADATA else 0)
+    if not 0 < count <= (len(frame) - _DATA.size - _TRAILER.size) // columns or first + count >= OFFSET_END:
+        raise WireFormatError(f"{count} records in {len(frame)} bytes", reason=Drop.SHAPE)
+    return Burst(frame, feed, incarnation, first, count, flags, published_ns), None
+
+
+def _check_head(frame: bytes, magic: bytes, version: int) -> None:
+    if magic != MAGIC:
+        raise WireFormatError("no frame of ours", reason=Drop.MAGIC)
+    if version != VERSION:
+        raise WireFormatError(f"version {version}, ours is {VERSION}", reason=Drop.VERSION)
+    if len(frame) < _CONTROL.size + _TRAILER.size:
+        raise WireFormatError(f"{len(frame)} bytes", reason=Drop.TRUNCATED)
+    if _TRAILER.unpack_from(frame, len(frame) - _TRAILER.size)[0] != checksum_of(memoryview(frame)[: -_TRAILER.size]):
+        raise WireFormatError("the bytes have changed", reason=Drop.CHECKSUM)
+
+
+def encode_descriptor(size: int, checksum: int) -> bytes:
+    """The body of an addressed record: the size of its value in bytes and the XXH3-64 of it."""
+    return _DESCRIPTOR.pack(size, checksum)
+
+
+def decode_descriptor(body: bytes) -> tuple[int, int]:
+    """(size in bytes, checksum)."""
+    if len(body) != _DESCRIPTOR.size:
+        raise WireFormatError(f"a descriptor of {len(body)} bytes", reason=Drop.SHAPE)
+    size, checksum = _DESCRIPTOR.unpack(body)
+    return size, checksum
+
+
+# CONTROL and the headers of BULK.
+
+
+class Control:
+    """A message on CONTROL or the header of a chunk: `fields` have the types of `FIELDS[kind]`."""
+
+    __slots__ = ("fields", "incarnation", "kind", "source")
+
+    def __init__(self, kind: Kind, source: int, incarnation: int, fields: Sequence[Any]) -> None:
+        self.kind, self.source, self.incarnation, self.fields = kind, source, incarnation, fields
+
+    def __repr__(self) -> str:
+        return f"Control({self.kind.name}, {self.source:016x}@{self.incarnation}, {self.fields!r})"
+
+
+class Each:
+    """A list whose entries all have the types `shape`."""
+
+    def __init__(self, *shape: Any) -> None:
+        self.shape = shape
+
+
+_CARD = (str, int, int, str, str, int, int, str, str, str)
+_REGISTRATION = (int, str, str, str, bool, Each(int, int))
+
+FIELDS: dict[Kind, tuple[Any, ...]] = {
+    # a card: name, rank + 1 (0: an observer), world size, job, host, pid, version, endpoints of DATA, CONTROL, BULK;
+    # then the incarnation of you that I saw, and my subscriptions
+    Kind.HELLO: (*_CARD, int, Each(*_REGISTRATION)),
+    # subscription, pattern, start, delivery, resume from 0, positions (feed, floor)
+    Kind.REGISTER: _REGISTRATION,
+    # subscription, number of feeds that match it by now, some of them: (feed, topic, policy, join offset, end, first available)
+    Kind.REGISTERED: (int, int, Each(int, str, str, int, int, int)),
+    Kind.UNREGISTER: (int,),
+    # (subscription, feed, floor)
+    Kind.ACKNOWLEDGE: (Each(int, int, int),),
+    # feed, token, credit in bytes, ranges
+    Kind.PULL: (int, int, int, Each(int, int)),
+    # feeds with their nonces
+    Kind.JOIN: (Each(int, int),),
+    # feeds with their ends; the incarnation of you that I saw
+    Kind.HEARTBEAT: (Each(int, int), int),
+    # a subscription that the publisher does not know
+    Kind.UNKNOWN: (int,),
+    # topic, incarnation that the subscriber is at
+    Kind.STATUS: (str, int),
+    # topic, that incarnation, the following one and its feed, first available and end of the old, whether that end is exact
+    Kind.FIN: (str, int, int, int, int, int, bool),
+    # the newest incarnation of you that was seen
+    Kind.FENCED: (int,),
+    # feeds with their ends
+    Kind.BYE: (Each(int, int),),
+    # request, method, priority, milliseconds left, kind, metadata, blob (or a descriptor, if the kind is addressed)
+    Kind.REQUEST: (int, str, int, int, int, bytes, bytes),
+    Kind.ACCEPTED: (int,),
+    # request, whether it failed, kind, blob
+    Kind.REPLY: (int, bool, int, bytes),
+    # space, number, position, length, token
+    Kind.FETCH: (int, int, int, int, int),
+    Kind.ROSTER_ASK: (*_CARD, int),
+    Kind.ROSTER: (Each(*_CARD, int),),
+    # feed, token
+    Kind.REPAIR: (int, int),
+    # feed, token, first available, end, lost in between
+    Kind.AVAILABLE: (int, int, int, int, Each(int, int)),
+    # space, number, position, token
+    Kind.CHUNK: (int, int, int, int),
+    Kind.MISSING: (int, int, int),
+}
+
+
+def encode_control(kind: Kind, source: int, incarnation: int, *fields: Any) -> bytes:
+    """One CONTROL frame, or the header frame of a chunk."""
+    frame = _CONTROL.pack(MAGIC, VERSION, kind, 0, source, incarnation) + msgpack.packb(fields)
+    return frame + _TRAILER.pack(checksum_of(frame))
+
+
+def decode_control(frame: bytes) -> Control:
+    """The message in a CONTROL frame or chunk header."""
+    try:
+        magic, version, code, reserved, source, incarnation = _CONTROL.unpack_from(frame)
+    except StructError:
+        raise WireFormatError(f"{len(frame)} bytes", reason=Drop.TRUNCATED) from None
+    _check_head(frame, magic, version)
+    shape = _FIELDS_BY_CODE.get(code)
+    if shape is None or reserved:
+        raise WireFormatError(f"kind {code}", reason=Drop.KIND)
+    if len(frame) > CONTROL_BYTES_MAX:
+        raise WireFormatError(f"{len(frame)} bytes", reason=Drop.SHAPE)
+    body = memoryview(frame)[_CONTROL.size : -_TRAILER.size]
+    try:
+        fields = msgpack.unpackb(body, max_array_len=_ENTRIES_MAX, max_map_len=0, max_ext_len=0)
+    except (ValueError, RecursionError):
+        raise WireFormatError("no msgpack array", reason=Drop.SHAPE) from None
+    if not _has_shape(fields, shape[1]):
+        raise WireFormatError(f"fields of {shape[0].name}", reason=Drop.SHAPE)
+    return Control(shape[0], source, incarnation, fields)
+
+
+_FIELDS_BY_CODE = {int(kind): (kind, shape) for kind, shape in FIELDS.items()}
+
+
+def _has_shape(values: Any, shape: tuple[Any, ...]) -> bool:
+    if type(values) is not list or len(values) != len(shape):
+        return False
+    return all(_is_of(value, wanted) for value, wanted in zip(values, shape, strict=True))
+
+
+def _is_of(value: Any, wanted: Any) -> bool:
+    if type(wanted) is Each:
+        if type(value) is not list:
+            return False
+        return all(_has_shape(entry, wanted.shape) for entry in value)
+    if wanted is int:
+        return type(value) is int and 0 <= value < _U64_END
+    return type(value) is wanted

@@ -1,0 +1,220 @@
+"""Every error that the fabric raises: one root, leaves named by cause, typed fields instead of prepared sentences.
+
+`ClosedError` means that *you* closed it, `BrokenError` that *it* broke (the original is `__cause__`), `InternalError` that
+the fabric itself is wrong. `retriable` answers the caller's first question. All of them survive pickling, because process
+pools pickle what they raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+__all__ = [
+    "BrokenError",
+    "ClosedError",
+    "ConfigError",
+    "FabricError",
+    "InternalError",
+    "JoinTimeoutError",
+    "PayloadError",
+    "PayloadTooLargeError",
+    "ProtocolError",
+    "QueueFullError",
+    "ReceiveTimeoutError",
+    "RemoteFailureError",
+    "RendezvousError",
+    "RequestError",
+    "RequestTimeoutError",
+    "SchemaError",
+    "SeedError",
+    "SubscribeTimeoutError",
+    "TopicError",
+    "UnknownPeerError",
+    "UnsupportedValueError",
+    "VersionMismatchError",
+    "WaitTimeoutError",
+    "WireFormatError",
+    "WrongProcessError",
+    "WrongThreadError",
+]
+
+
+class FabricError(Exception):
+    """The root of all errors of the fabric.
+
+    Leaves take keyword fields, keep them as attributes, and build their message from `template`.
+    """
+
+    retriable: ClassVar[bool] = False
+    """Whether the same call may succeed later without any change to the program."""
+
+    template: ClassVar[str] = "{detail}"
+
+    def __init__(self, detail: str = "", **fields: Any) -> None:  # noqa: ANN401 - the leaves' fields are of many types
+        self.detail, self.fields = detail, fields
+        self.__dict__.update(fields)
+        super().__init__(self.template.format(detail=detail, **fields))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.detail, self.fields)
+
+
+def _rebuild(kind: type[FabricError], detail: str, fields: dict[str, Any]) -> FabricError:
+    return kind(detail, **fields)
+
+
+# What the caller asked for is impossible.
+
+
+class ConfigError(FabricError, ValueError):
+    """A setting is impossible or not available yet. Field: `field`, the setting's name."""
+
+    template = "{field}: {detail}"
+
+
+class TopicError(FabricError, ValueError):
+    """A topic or pattern is malformed. Field: `topic`, at most 80 characters of it."""
+
+    template = "{topic!r}: {detail}"
+
+
+class SeedError(FabricError, ValueError):
+    """A seed is not an integer in 0 <= seed < 2**63. Field: `seed`."""
+
+    template = "{seed!r} is no seed: {detail}"
+
+
+class PayloadError(FabricError):
+    """A value cannot travel, or a received payload cannot be decoded."""
+
+
+class UnsupportedValueError(PayloadError, TypeError):
+    """A value of a kind that the fabric refuses. Fields: `kind`, `where` in the value; the detail says what to do."""
+
+    template = "{where}: {kind} cannot be published; {detail}"
+
+
+class PayloadTooLargeError(PayloadError, ValueError):
+    """The value would be larger than the limit; nothing was packed. Fields: `size`, `limit`, in bytes."""
+
+    template = "the value takes {size} bytes, the limit is {limit}"
+
+
+class SchemaError(PayloadError, ValueError):
+    """A received payload does not describe a value: truncated, wrong type, or sizes that do not agree."""
+
+
+class UnknownPeerError(FabricError, LookupError):
+    """No member has this rank or name. Fields: `peer`, `known`."""
+
+    template = "no member {peer!r}; known are {known}"
+
+
+# Waiting came to its end.
+
+
+class WaitTimeoutError(FabricError, TimeoutError):
+    """A bounded wait ran out. Fields: `waited_s`, `state`, what was reached: peers, last offset, what is missing."""
+
+    retriable = True
+    template = "{detail} within {waited_s:g} s ({state})"
+
+
+class ReceiveTimeoutError(WaitTimeoutError):
+    """No message came in time."""
+
+
+class SubscribeTimeoutError(WaitTimeoutError):
+    """A live peer did not confirm the subscription in time; it is named in `state`."""
+
+
+class JoinTimeoutError(WaitTimeoutError):
+    """Not all members were met in time; the missing ones are named in `state`."""
+
+
+class QueueFullError(FabricError):
+    """There was no room; nothing was taken. Fields: `queue`, `limit` and `used` in bytes, `waited_s`."""
+
+    retriable = True
+    template = "{queue} is full: {used} of {limit} bytes, waited {waited_s:g} s; nothing was taken"
+
+
+# Requests.
+
+
+class RequestError(FabricError):
+    """A request did not get its answer."""
+
+
+class RequestTimeoutError(RequestError, WaitTimeoutError):
+    """No answer before the deadline. `accepted` in `state` says whether the responder had taken the request."""
+
+    retriable = True
+    template = WaitTimeoutError.template
+
+
+class RemoteFailureError(RequestError):
+    """The responder's handler raised, or has no such method. Fields: `peer`, `kind`, the remote exception's name."""
+
+    template = "{peer} failed: {kind}: {detail}"
+
+
+# What a peer or the world did.
+
+
+class ProtocolError(FabricError):
+    """A peer sent something that the protocol forbids."""
+
+
+class WireFormatError(ProtocolError):
+    """A frame is malformed: its `reason` is one of the counted drop reasons."""
+
+    template = "malformed frame ({reason}): {detail}"
+
+
+class VersionMismatchError(ProtocolError):
+    """A peer speaks another version of the protocol. Fields: `peer`, `ours`, `theirs`."""
+
+    template = "{peer} speaks protocol version {theirs}, we speak {ours}"
+
+
+class RendezvousError(FabricError):
+    """The members could not find each other; the detail says what was tried."""
+
+
+# The state of the object.
+
+
+class ClosedError(FabricError):
+    """You closed it. Field: `what`."""
+
+    template = "{what} is closed"
+
+
+class BrokenError(FabricError):
+    """It broke; the original error is the cause. Field: `what`."""
+
+    template = "{what} broke: {detail}"
+
+
+class WrongThreadError(FabricError, RuntimeError):
+    """A `Subscription` is used by two threads at once. Fields: `owner`, `caller`, thread names."""
+
+    template = "this subscription is in use by thread {owner}, not {caller}"
+
+
+class WrongProcessError(FabricError, RuntimeError):
+    """A fabric is used in a forked child. Fields: `opened_in`, `used_in`, process ids."""
+
+    template = "this fabric belongs to process {opened_in}; {used_in} was forked from it and must join for itself"
+
+
+class InternalError(FabricError):
+    """An invariant of the fabric failed: a bug of ours."""
+
+
+def shortened(names: Sequence[object], *, most: int = 8) -> str:
+    """A list for an error message, cut after `most` entries."""
+    text = ", ".join(map(str, names[:most]))
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
