@@ -1,0 +1,42 @@
+"""Tensor Fabric: the processes of a training job move tensors and commands to each other, in order, without a broker.
+
+    from fabric import join
+
+    with join() as fabric:                                  # under torchrun; or alone
+        inbox = fabric.subscribe("layers.**.health")
+        fabric.publish("layers.0.health", tensor, seed=17)
+        for message in inbox.drain():
+            print(message.source, message.sequence, message.value.mean())
+
+The package, from the top: `joining` enters, `client` and `aio` are the two faces, `engine` drives, `core` is the protocol without IO,
+`payloads` turns values into bytes, `rendezvous` finds the others, `testing` simulates a whole job. Below it all lies the package
+`transports`. ARCHITECTURE.md explains; PROTOCOL.md specifies the bytes.
+"""
+
+from fabric.client import CloseReport, Fabric, PeerInfo, Publisher
+from fabric.config import FabricConfig
+from fabric.engine.dispatch import DeadLetter
+from fabric.engine.inbox import Gap
+from fabric.errors import FabricError
+from fabric.joining import join, observe
+from fabric.message import Message, Reply, Request
+from fabric.payloads import register
+from fabric.subscription import Subscription
+
+__all__ = [
+    "CloseReport",
+    "DeadLetter",
+    "Fabric",
+    "FabricConfig",
+    "FabricError",
+    "Gap",
+    "Message",
+    "PeerInfo",
+    "Publisher",
+    "Reply",
+    "Request",
+    "Subscription",
+    "join",
+    "observe",
+    "register",
+]

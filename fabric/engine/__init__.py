@@ -1,0 +1,1 @@
+"""The thin rim between the core and the world: who drives, what waits, where handlers run."""

@@ -1,0 +1,275 @@
+"""Where handlers run: never under the engine's lock, one at a time, each lane in order.
+
+A message whose handler raised is tried again after a while; what follows in its lane waits behind it, other lanes go on. After the
+last attempt it becomes a dead letter. In `thread` mode one thread runs all handlers of a member and drives the engine while it
+waits; in `step` mode they run inside `Fabric.step` and `Fabric.serve`, and inside `request` while that waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from fabric.config import Handlers
+from fabric.core import events
+from fabric.core.wire import ADDRESSED, TOMBSTONE, Drop, checksum_of, encode_descriptor
+from fabric.engine.inbox import Hand, Inbox
+from fabric.errors import FabricError, PayloadError
+from fabric.message import Message, Request
+from fabric.payloads import plan
+
+if TYPE_CHECKING:
+    from fabric.engine.loop import Engine
+
+__all__ = ["DeadLetter", "Dispatcher", "pack_value"]
+
+log = logging.getLogger("fabric.handlers")
+
+MS, S = 1_000_000, 1_000_000_000
+RETRY_FIRST_NS = 100 * MS
+"""A handler that raised is tried again after this, then after twice as long each time (reliability notes, section 4.11)."""
+FAILURE_TEXT_MAX = 2048
+INLINE_BYTES_MAX = 64 * 1024
+"""Values of requests and replies below this size travel in their frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A record that will not be delivered, and why. Kept in memory until the dead-letter store exists."""
+
+    source: str
+    topic: str
+    incarnation: int
+    seed: int
+    sequence: int
+    offset: int
+    reason: str
+    detail: str
+    attempts: int
+
+
+class _Handler:
+    """One function on one pattern. `blocked`: lanes whose first message waits for its next attempt."""
+
+    __slots__ = ("attempts", "blocked", "function", "hand", "inbox", "position", "retries")
+
+    def __init__(self, function: Callable[[Message], object], inbox: Inbox, attempts: int) -> None:
+        self.function, self.inbox, self.attempts = function, inbox, attempts
+        self.blocked: dict[tuple[object, int], deque[tuple[Message, Hand, int]]] = {}
+        self.retries: list[tuple[int, int, tuple[object, int]]] = []
+        self.hand: Hand | None = None
+        self.position = 0
+
+    def due_ns(self) -> int | None:
+        """When the next attempt is due."""
+        return self.retries[0][0] if self.retries else None
+
+
+class Dispatcher:
+    """All handlers of one member."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.threaded = engine.config.work.handlers is Handlers.THREAD
+        self._handlers: list[_Handler] = []
+        self._responders: dict[str, Callable[[Request], Any]] = {}
+        self._requests: list[tuple[int, int, events.ExecuteRequest, memoryview | None]] = []
+        self._order = 0
+        self._running = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        engine.on_request = self._take_request
+
+    def add(self, function: Callable[[Message], object], inbox: Inbox, attempts: int) -> None:
+        """Run a function for each message of an inbox."""
+        self._handlers.append(_Handler(function, inbox, attempts))
+        self._start()
+
+    def respond(self, method: str, function: Callable[[Request], Any]) -> None:
+        """Run a function for each request of a method."""
+        self._responders[method] = function
+        self._start()
+
+    def _start(self) -> None:
+        if self.threaded and self._thread is None:
+            name = f"fabric-handlers-{self.engine.card.name}"
+            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        engine = self.engine
+        while not (self._closing or engine.closed or engine.broken is not None):
+            due_ns = self.due_ns()
+            wait_s = 3600.0 if due_ns is None else max(0.0, (due_ns - engine.clock()) / S)
+            try:
+                engine.until(lambda: self._closing or self.has_work(), wait_s)
+            except FabricError:
+                return
+            while not self._closing and self.run_one():
+                pass
+
+    @property
+    def is_current(self) -> bool:
+        """Whether a handler of this member runs on the calling thread."""
+        return threading.current_thread() is self._thread
+
+    # What there is to do.
+
+    def _take_request(self, execute: events.ExecuteRequest, payload: memoryview | None) -> None:
+        """From the driver, under its lock: only queue."""
+        self._order += 1
+        heappush(self._requests, (execute.priority, self._order, execute, payload))
+
+    def has_work(self) -> bool:
+        """Whether `run_one` would run something now."""
+        if self._requests:
+            return True
+        now = self.engine.clock()
+        for handler in self._handlers:
+            if handler.hand is not None or handler.inbox.items or (handler.retries and handler.retries[0][0] <= now):
+                return True
+        return False
+
+    def due_ns(self) -> int | None:
+        """When the next attempt of a failed message is due."""
+        return min((due for handler in self._handlers if (due := handler.due_ns()) is not None), default=None)
+
+    def run_one(self) -> bool:
+        """Run one handler for one message or request; False if there is nothing to run, or another thread is at it."""
+        if not self._running.acquire(blocking=False):
+            return False
+        try:
+            if self._requests:
+                _, _, execute, payload = heappop(self._requests)
+                self._answer(execute, payload)
+                return True
+            return any(self._retry(handler) or self._advance(handler) for handler in self._handlers)
+        finally:
+            self._running.release()
+
+    def run_until(self, is_over: Callable[[], bool], timeout_s: float) -> bool:
+        """Run handlers as they get work, until `is_over()`; False after the time. For `step` mode and for waiting requests."""
+        engine = self.engine
+        deadline_ns = engine.clock() + int(timeout_s * S)
+        while not is_over():
+            now = engine.clock()
+            if now >= deadline_ns:
+                return False
+            until_ns = min(deadline_ns, self.due_ns() or deadline_ns)
+            engine.until(lambda: is_over() or self.has_work(), max(0, until_ns - now) / S)
+            if not is_over() and not self.run_one() and self.has_work():
+                return is_over()  # a handler further up this very stack, or another thread, is at it
+        return True
+
+    # Messages.
+
+    def _advance(self, handler: _Handler) -> bool:
+        hand = handler.hand
+        if hand is None:
+            if not handler.inbox.items:
+                return False
+            hand = handler.hand = Hand(handler.inbox.items.popleft(), self.engine.submit_later)
+            handler.position = 0
+        position, item = handler.position, hand.item
+        handler.position += 1
+        if handler.position >= len(hand.rows):
+            handler.hand = None
+        row, burst = hand.rows[position], item.burst
+        lane = item.feed, burst.columns[0][row]
+        message = Message(burst, row, item.feed, None)
+        if burst.columns[3][row] == TOMBSTONE:
+            hand.settle_one(position, Drop.LOST_AT_SOURCE)
+        elif lane in handler.blocked:
+            handler.blocked[lane].append((message, hand, position))
+        elif not self._attempt(handler, message, hand, position):
+            handler.blocked[lane] = deque([(message, hand, position)])
+            self._try_again_later(handler, lane, message)
+        if handler.hand is None:
+            self.engine.push()
+        return True
+
+    def _retry(self, handler: _Handler) -> bool:
+        if not handler.retries or handler.retries[0][0] > self.engine.clock():
+            return False
+        lane = heappop(handler.retries)[2]
+        waiting = handler.blocked[lane]
+        while waiting:
+            message, hand, position = waiting[0]
+            if not self._attempt(handler, message, hand, position):
+                self._try_again_later(handler, lane, message)
+                break
+            waiting.popleft()
+        else:
+            del handler.blocked[lane]
+        self.engine.push()
+        return True
+
+    def _try_again_later(self, handler: _Handler, lane: tuple[object, int], message: Message) -> None:
+        self._order += 1
+        due_ns = self.engine.clock() + RETRY_FIRST_NS * 2 ** (message.attempt - 2)
+        heappush(handler.retries, (due_ns, self._order, lane))
+
+    def _attempt(self, handler: _Handler, message: Message, hand: Hand, position: int) -> bool:
+        """Whether the message is settled: handled, or a dead letter."""
+        try:
+            handler.function(message)
+        except Exception as error:  # noqa: BLE001 - round a user's handler, whatever it raises is its outcome
+            reason = _reason_of(message)
+            if reason is None and message.attempt < handler.attempts:
+                message.attempt += 1
+                return False
+            detail = f"{type(error).__name__}: {error}"[:FAILURE_TEXT_MAX]
+            self.engine.bury(message, reason or Drop.HANDLER_EXHAUSTED, detail)
+            hand.settle_one(position, reason or Drop.HANDLER_EXHAUSTED)
+            return True
+        hand.settle_one(position)
+        return True
+
+    # Requests.
+
+    def _answer(self, execute: events.ExecuteRequest, payload: memoryview | None) -> None:
+        function = self._responders.get(execute.method)
+        blob = payload if payload is not None else memoryview(execute.blob)
+        request = Request(execute.peer, execute.method, execute.kind, blob, execute.metadata, execute.deadline_ns)
+        limit = self.engine.config.inboxes.payload_bytes_max
+        try:
+            if function is None:
+                raise LookupError(f"no handler for {execute.method!r}")
+            kind, inline, large = pack_value(function(request), limit=limit)
+            failed = False
+        except Exception as error:  # noqa: BLE001 - round a user's handler, whatever it raises is its outcome
+            failed, kind, large = True, 0, None
+            inline = msgpack.packb([type(error).__name__, str(error)[:FAILURE_TEXT_MAX]], unicode_errors="replace")
+        reply = events.ReplyIssued(execute.peer, execute.incarnation, execute.request, failed, kind, inline, large)
+        self.engine.submit(reply)
+
+    def close(self, timeout_s: float) -> None:
+        """Begin no handler any more; wait for the one that runs."""
+        self._closing = True
+        self.engine.on_progress()
+        if self._thread is not None and not self.is_current:
+            self._thread.join(timeout=timeout_s)
+
+
+def _reason_of(message: Message) -> str | None:
+    try:
+        _ = message.value
+    except PayloadError:
+        return Drop.UNDECODABLE
+    return None
+
+
+def pack_value(value: object, *, limit: int) -> tuple[int, bytes, memoryview | None]:
+    """(kind, blob, None), or for a large value (addressed kind, descriptor, its bytes). Raises `PayloadError`s."""
+    planned = plan(value, limit=limit)
+    if planned.size < INLINE_BYTES_MAX:
+        return planned.kind, planned.tobytes(), None
+    large = memoryview(planned.tobytes())
+    return planned.kind | ADDRESSED, encode_descriptor(large.nbytes, checksum_of(large)), large

@@ -1,0 +1,440 @@
+"""The engine: feeds the core with what happened and executes its commands. It knows sockets and memory, and no protocol.
+
+Driving means holding `lock`; nobody holds it while asleep. Whoever drives takes a *turn*: what was submitted, what was received,
+what is due. A turn ends after `turn_bursts_max` frames or `turn_us_max`. Any thread may `submit` an event: if the lock is free the
+submitter takes it along, otherwise the holder does before it lets go (DESIGN section 3, "Who drives").
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from fabric.config import FabricConfig
+from fabric.core import events
+from fabric.core.events import Card
+from fabric.core.machine import FabricCore
+from fabric.core.wire import Drop, checksum_of, feed_prefix
+from fabric.engine.inbox import Inbox
+from fabric.engine.outbox import Budget, Outbox
+from fabric.errors import BrokenError, ClosedError, UnsupportedValueError, WrongProcessError
+from fabric.payloads import BufferPool, DeviceQueue
+from transports import Endpoints, Link, PeerUnreachableError, SendBlockedError, Transport, TransportError
+
+__all__ = ["Engine", "Waits"]
+
+log = logging.getLogger("fabric.engine")
+
+US = 1_000
+BULK_QUEUE_BYTES_MAX = 256 * 1024 * 1024
+"""Asked for by one peer and not taken by its connection yet; a peer that asks for more is not answered."""
+RECEIVED_AT_ONCE = 16
+
+
+class Waits(Protocol):
+    """How a thread waits: asleep on descriptors, or, in a simulated world, by letting the world go on."""
+
+    def until(self, engine: Engine, is_over: Callable[[], bool], deadline_ns: int) -> None:
+        """Drive and wait until `is_over()` or the deadline."""
+
+    def submitted(self, engine: Engine) -> None:
+        """Something was submitted or became due earlier: somebody has to see to it."""
+
+    def close(self) -> None:
+        """The engine is closing: no more driving."""
+
+
+def _no_device() -> DeviceQueue:
+    raise UnsupportedValueError("no device queue is set", kind="a value on a device", where="value")
+
+
+class _Assembly:
+    """A payload on its way in. One that comes as a single chunk is taken as it is."""
+
+    __slots__ = ("place", "size", "view")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.place: Any = None
+        self.view: memoryview | None = None
+
+
+class Engine:
+    """One per member; owns its transport. `waits` decides who sleeps how."""
+
+    def __init__(self, card: Card, config: FabricConfig, transport: Transport, clock: Callable[[], int], waits: Waits) -> None:
+        self.core = FabricCore(card, config)
+        self.card, self.config, self.transport, self.clock, self.waits = card, config, transport, clock, waits
+        self.lock = threading.Lock()
+        self.inboxes: dict[int, Inbox] = {}
+        self.budget = Budget(self)
+        self.open: dict[Outbox, int] = {}
+        """Outboxes with an open burst, and when it is due."""
+        self.outboxes: list[Outbox] = []
+        self.on_connect: Callable[[Card], None] = lambda card: None
+        self.bury: Callable[[Any, str, str], None] = lambda message, reason, detail: None
+        """Where dead letters go: (message, reason, detail)."""
+        self.on_request: Callable[[events.ExecuteRequest, memoryview | None], None] = lambda execute, payload: None
+        self.on_complete: Callable[[events.CompleteRequest, memoryview | None], None] = lambda complete, payload: None
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called after every turn that handled an event: those who wait look again."""
+        self.peer_states: dict[str, str] = {}
+        self.version_mismatches: dict[str, str] = {}
+        self.pool = BufferPool(config.inboxes.assembly_bytes_max)
+        self.counts: Counter[str] = Counter()
+        self.broken: BaseException | None = None
+        self.closed = False
+        self.forked_in = 0
+        self.fenced_by = 0
+        self.due_ns = 0
+        self.checked = False
+        """Whether the core's invariants are asserted after every event; the simulation sets it."""
+        self._submitted: deque[Any] = deque()
+        self._looped: deque[Any] = deque()
+        self._assemblies: dict[tuple[int, int], _Assembly] = {}
+        self._payloads: dict[tuple[int, int], memoryview] = {}
+        self._bulk: dict[str, deque[events.SendBulk]] = {}
+        self._bulk_bytes: Counter[str] = Counter()
+        self._blocked = False
+        self._own_prefixes: set[bytes] = set()
+        self._execute: dict[type, Callable[[Any], None]] = {
+            events.Deliver: self._deliver,
+            events.Broadcast: self._broadcast,
+            events.SendControl: self._send_control,
+            events.SendBulk: self._send_bulk,
+            events.FollowFeed: self._follow,
+            events.UnfollowFeed: self._unfollow,
+            events.ConnectPeer: self._connect,
+            events.DisconnectPeer: self._disconnect,
+            events.BeginFeed: lambda c: self._tell(c.subscription, Inbox.begin_feed, c),
+            events.EndFeed: lambda c: self._tell(c.subscription, Inbox.end_feed, c),
+            events.ReportGap: lambda c: self._tell(c.subscription, Inbox.report_gap, c),
+            events.BeginPayload: self._begin_payload,
+            events.PlaceChunk: self._place_chunk,
+            events.FinishPayload: self._finish_payload,
+            events.DropPayload: self._drop_payload,
+            events.ExecuteRequest: lambda c: self.on_request(c, self._payloads.pop((c.space, c.request), None)),
+            events.CompleteRequest: lambda c: self.on_complete(c, self._payloads.pop((c.space, c.request), None)),
+            events.ReportPeer: self._report_peer,
+            events.ReportFenced: self._report_fenced,
+            events.ProbePeer: self._probe,
+            events.AppendRecords: self._no_disk,
+            events.LoadRecords: self._no_disk,
+        }
+        self.wall_ns: Callable[[], int] = time.time_ns
+        self.device_queue: Callable[[], DeviceQueue] = _no_device
+        self.probe: Callable[[Card], bool] = lambda card: False
+        """Whether the process of this card, on this host, is proven dead."""
+
+    # Driving. Everything in this section needs the lock, but for `submit`, `push` and `require_open`.
+
+    def submit(self, event: object) -> None:
+        """Hand an event over, from any thread; it is handled now if nobody drives, else by whoever does."""
+        self._submitted.append(event)
+        self.push()
+
+    def submit_later(self, event: object) -> None:
+        """Hand an event over that may wait for the next turn."""
+        self._submitted.append(event)
+
+    def push(self) -> None:
+        """Handle what was submitted, unless somebody drives: he will, before he lets go."""
+        while self._submitted and self.lock.acquire(blocking=False):
+            try:
+                self._guard(self._drain)
+            finally:
+                self.lock.release()
+            self.on_progress()
+        self.waits.submitted(self)
+
+    def turn(self) -> bool:
+        """One turn; takes and releases the lock. Returns whether more may be ready."""
+        with self.lock:
+            more = self._guard(self._turn)
+        if self._submitted:
+            self.push()
+        return bool(more)
+
+    def _guard(self, work: Callable[[], bool | None]) -> bool | None:
+        """The top of the engine loop: what escapes from here breaks the engine, and all who wait are told."""
+        if self.broken is not None or self.closed:
+            self._submitted.clear()
+            return False
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001 - the one place where our own mistakes end
+            self.broken = error
+            log.exception("the engine of %s broke", self.card.name)
+            self.on_progress()
+            return False
+
+    def _turn(self) -> bool:
+        limits, clock = self.config.work, self.clock
+        began = now = clock()
+        self._close_bursts(now)
+        handled = self._drain()
+        left, more = limits.turn_bursts_max, False
+        while True:
+            inbounds = self.transport.receive(min(left, RECEIVED_AT_ONCE))
+            for inbound in inbounds:
+                self._receive(inbound)
+            left -= len(inbounds)
+            handled += len(inbounds)
+            if len(inbounds) < RECEIVED_AT_ONCE and not inbounds:
+                break
+            if left <= 0 or clock() - began > limits.turn_us_max * US:
+                more = True
+                break
+        now = clock()
+        if now >= self.core.context.deadline_ns:
+            self._handle(events.TimePassed(), now)
+        handled += self._drain()
+        self._flush_bulk()
+        self._set_due(now)
+        if handled:
+            self.on_progress()
+        return more or bool(self._looped)
+
+    def note_open(self, outbox: Outbox) -> None:
+        """This outbox has an open burst, or copies under way: somebody has to see to it in time. From any thread."""
+        due_ns = self.open[outbox] = outbox.due_ns or self.clock() + 1000 * US
+        if due_ns < self.due_ns:
+            self.due_ns = due_ns
+            self.waits.submitted(self)
+
+    def _close_bursts(self, now: int) -> None:
+        for outbox, due_ns in list(self.open.items()):
+            if now >= due_ns:
+                self.open.pop(outbox, None)  # before it is asked: it may be noted anew meanwhile
+                due_ns = outbox.close_if_due(now)
+                if due_ns:
+                    self.open[outbox] = due_ns
+
+    def flush(self) -> None:
+        """Let all open bursts leave: somebody waits."""
+        for outbox in list(self.open):
+            outbox.close_burst()
+        if self._submitted:
+            self.push()
+
+    def _set_due(self, now: int) -> None:
+        due_ns = self.core.context.deadline_ns = self.core.next_deadline_ns()
+        self.due_ns = min(due_ns, *self.open.values()) if self.open else due_ns
+
+    def _drain(self) -> int:
+        """Handle what was submitted and what we sent to ourselves."""
+        submitted, looped, handled = self._submitted, self._looped, 0
+        while submitted or looped:
+            event = submitted.popleft() if submitted else looped.popleft()
+            self._handle(event, self.clock())
+            if type(event) is events.BurstClosed:
+                self.budget.give(event.room)
+            handled += 1
+        if handled:
+            self._set_due(self.core.context.now)
+        return handled
+
+    def _handle(self, event: object, now: int) -> None:
+        execute = self._execute
+        for command in self.core.handle(event, now):
+            execute[type(command)](command)
+        if self.checked:
+            self.core.check_invariants()
+
+    def _receive(self, inbound: Any) -> None:  # noqa: ANN401 - transports.Inbound
+        frames, link, now = inbound.frames, inbound.link, self.clock()
+        if link == Link.DATA:
+            self._handle(events.DataReceived(frames[0], inbound.peer), now)
+        elif link == Link.CONTROL:
+            self._handle(events.ControlReceived(frames[0], inbound.peer), now)
+        else:
+            self._handle(events.BulkReceived(frames[0], frames[1] if len(frames) > 1 else None, inbound.peer), now)
+
+    def abandon(self, pid: int) -> None:
+        """In a forked child: every use is refused from now on. The parent's sockets are left alone."""
+        self.forked_in, self.closed, self.lock = pid, True, threading.Lock()
+        self._submitted.clear()
+        for outbox in self.outboxes:
+            outbox.abandon()
+        self.transport.abandon()
+
+    def require_open(self) -> None:
+        """Raise `ClosedError`, `BrokenError` or `WrongProcessError` if the engine is no longer there."""
+        if self.forked_in:
+            raise WrongProcessError(opened_in=self.card.pid, used_in=self.forked_in)
+        if self.broken is not None:
+            raise BrokenError(str(self.broken), what="the fabric") from self.broken
+        if self.closed:
+            raise ClosedError(what="the fabric")
+
+    def until(self, is_over: Callable[[], bool], timeout_s: float) -> bool:
+        """Drive and wait until `is_over()`; False if it did not come within the time."""
+        self.require_open()
+        if is_over():
+            return True
+        self.flush()
+        self.waits.until(self, lambda: self.broken is not None or self.closed or is_over(), self.clock() + int(timeout_s * 1e9))
+        if is_over():
+            return True
+        self.require_open()
+        return False
+
+    # Commands.
+
+    def _tell(self, subscription: int, method: Callable[[Inbox, Any], None], command: object) -> None:
+        inbox = self.inboxes.get(subscription)
+        if inbox is not None:
+            method(inbox, command)
+
+    def _deliver(self, command: events.Deliver) -> None:
+        inbox = self.inboxes.get(command.subscription)
+        if inbox is not None:
+            inbox.items.append(command)
+
+    def _broadcast(self, command: events.Broadcast) -> None:
+        if command.marker:
+            self.transport.flush_subscriptions()
+        self.transport.broadcast(command.frame)
+        if command.frame[:8] in self._own_prefixes:
+            self._looped.append(events.DataReceived(command.frame))
+
+    def _send_control(self, command: events.SendControl) -> None:
+        if command.peer == self.card.name:
+            self._looped.append(events.ControlReceived(command.frame))
+            return
+        try:
+            self.transport.send(command.peer, Link.CONTROL, (command.frame,))
+        except (SendBlockedError, PeerUnreachableError):
+            self.counts[Drop.BLOCKED] += 1  # the protocol repeats what matters
+            self._blocked = True
+
+    def _send_bulk(self, command: events.SendBulk) -> None:
+        if command.peer == self.card.name:
+            self._looped.append(events.BulkReceived(command.header, command.chunk))
+            return
+        size = len(command.header) + (len(command.chunk) if command.chunk is not None else 0)
+        if self._bulk_bytes[command.peer] + size > BULK_QUEUE_BYTES_MAX:
+            self.counts[Drop.NO_ROOM] += 1
+            return
+        self._bulk_bytes[command.peer] += size
+        self._bulk.setdefault(command.peer, deque()).append(command)
+
+    def _flush_bulk(self) -> None:
+        if self._blocked:
+            self._blocked = False
+            self.transport.unblocked()
+        for peer, queue in self._bulk.items():
+            while queue:
+                command = queue[0]
+                frames = (command.header,) if command.chunk is None else (command.header, command.chunk)
+                try:
+                    self.transport.send(peer, Link.BULK, frames)
+                except SendBlockedError:
+                    self._blocked = True
+                    break
+                except PeerUnreachableError:
+                    self.counts[Drop.BLOCKED] += len(queue)
+                    queue.clear()
+                    self._bulk_bytes[peer] = 0
+                    break
+                queue.popleft()
+                self._bulk_bytes[peer] -= sum(map(len, frames))
+
+    def _follow(self, command: events.FollowFeed) -> None:
+        prefix = feed_prefix(command.feed)
+        self.transport.subscribe(prefix)
+        if command.feed in self.core.publishing.by_id:
+            self._own_prefixes.add(prefix)
+
+    def _unfollow(self, command: events.UnfollowFeed) -> None:
+        prefix = feed_prefix(command.feed)
+        self.transport.unsubscribe(prefix)
+        self._own_prefixes.discard(prefix)
+
+    def _connect(self, command: events.ConnectPeer) -> None:
+        try:
+            self.transport.connect(command.key, Endpoints(*command.card.endpoints))
+            self.on_connect(command.card)
+        except TransportError as error:
+            self.counts["connections_refused"] += 1
+            log.warning("cannot connect to %s: %s", command.key, error)
+
+    def _disconnect(self, command: events.DisconnectPeer) -> None:
+        self._bulk.pop(command.key, None)
+        self._bulk_bytes.pop(command.key, None)
+        self.transport.disconnect(command.key)
+
+    def _report_peer(self, command: events.ReportPeer) -> None:
+        log.info("peer %s: %s %s", command.name, command.state, command.detail)
+        if command.state == "version":
+            self.version_mismatches[command.name] = command.detail
+        else:
+            self.peer_states[command.name] = command.state
+
+    def _report_fenced(self, command: events.ReportFenced) -> None:
+        log.error("a newer incarnation of %s lives: this one stops publishing", self.card.name)
+        self.fenced_by = command.newest
+
+    def _probe(self, command: events.ProbePeer) -> None:
+        if self.probe(command.card):
+            self.submit_later(events.PeerDied(command.card.name, command.card.incarnation))
+
+    def _no_disk(self, command: events.AppendRecords | events.LoadRecords) -> None:
+        self.submit_later(events.WriteFailed(command.topic, "there is no spill log yet"))
+
+    # Payloads.
+
+    def _begin_payload(self, command: events.BeginPayload) -> None:
+        self._assemblies[command.space, command.number] = _Assembly(command.size)
+
+    def _place_chunk(self, command: events.PlaceChunk) -> None:
+        assembly = self._assemblies[command.space, command.number]
+        chunk = memoryview(command.chunk)
+        if chunk.nbytes == assembly.size:
+            assembly.view, assembly.place = chunk.toreadonly(), None
+            return
+        if assembly.place is None:
+            assembly.place = self.pool.take(assembly.size)
+            assembly.view = None
+        target = np.frombuffer(assembly.place.view, dtype=np.uint8)
+        np.copyto(target[command.position : command.position + chunk.nbytes], np.frombuffer(chunk, dtype=np.uint8))
+
+    def _finish_payload(self, command: events.FinishPayload) -> None:
+        key = command.space, command.number
+        assembly = self._assemblies[key]
+        view = assembly.view if assembly.view is not None else assembly.place.view
+        if checksum_of(view) != command.checksum:
+            self._looped.append(events.PayloadChecked(*key, None))
+            return
+        del self._assemblies[key]
+        payload = assembly.view if assembly.view is not None else assembly.place.freeze()
+        self._payloads[key] = payload
+        self._looped.append(events.PayloadChecked(*key, payload))
+        if not self._is_requested(key):
+            del self._payloads[key]
+
+    def _is_requested(self, key: tuple[int, int]) -> bool:
+        """Whether this is the value of a request or reply: those are handed over by key, those of records with their burst."""
+        return key[0] not in self.core.subscribing.followed
+
+    def _drop_payload(self, command: events.DropPayload) -> None:
+        assembly = self._assemblies.pop((command.space, command.number), None)
+        if assembly is not None and assembly.place is not None:
+            assembly.place.release()
+
+    # Closing.
+
+    def close(self, linger_s: float) -> None:
+        """Release the transport. Waiting threads are told."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            self.transport.close(linger_s)
+        self.on_progress()

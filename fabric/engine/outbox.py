@@ -1,0 +1,335 @@
+"""A publisher's open burst and its numbering, under a lock of its own; the core sees a closed burst as one event.
+
+Room is reserved when a burst is opened, for all that it may take, so that a record is numbered only when nothing can refuse it
+any more (RULES N2). Values on a device are numbered at once and leave when their copies are done; what follows in the feed waits
+behind them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from fabric.config import BURST_BYTES_MAX, Policy, WhenFull
+from fabric.core.events import BurstClosed, RoomNeeded
+from fabric.core.wire import ADDRESSED, NONE, RECORD_BYTES, TOMBSTONE, checksum_of, encode_burst, encode_descriptor
+from fabric.errors import BrokenError, ClosedError, PayloadTooLargeError, QueueFullError, UnsupportedValueError
+from fabric.payloads import BYTES, Pending, Plan, StagingError, plan
+from fabric.topics import check_seed
+
+if TYPE_CHECKING:
+    from fabric.engine.loop import Engine
+
+__all__ = ["METADATA_BYTES_MAX", "Budget", "Outbox", "pack_metadata"]
+
+METADATA_BYTES_MAX = 16 * 1024
+"""Metadata is for small facts beside a value."""
+PLAIN_BYTES_MAX = 8 * 1024
+"""`bytes` up to this size take the shortest way."""
+ROOM = BURST_BYTES_MAX + 16 * 1024
+"""Reserved for an open burst: its records and their columns."""
+US = 1_000
+
+
+class Budget:
+    """The owed bytes of a member: what the core retains, and what open bursts have reserved."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._retention = engine.core.publishing.retention
+        self._lock = threading.Lock()
+        self.reserved = 0
+
+    @property
+    def used(self) -> int:
+        """Owed and reserved, in bytes."""
+        return self._retention.owed_bytes + self.reserved
+
+    def take(self, size: int) -> bool:
+        """Reserve; False if there is no room. One burst always fits into an empty retention."""
+        with self._lock:
+            if self.used + size > self._retention.owed_bytes_max and self.used:
+                return False
+            self.reserved += size
+            return True
+
+    def give(self, size: int) -> None:
+        """The core retains it now, or it was not used."""
+        with self._lock:
+            self.reserved -= size
+
+
+class _Closed:
+    """A closed burst on its way to the core; it waits for copies from a device."""
+
+    __slots__ = ("bodies", "columns", "first", "kinds", "metadata", "payloads", "room", "waiting")
+
+    def __init__(self, outbox: Outbox) -> None:
+        self.first, self.bodies, self.kinds = outbox.first, outbox.bodies, outbox.kinds
+        self.columns = (outbox.seeds, outbox.sequences, outbox.previous)
+        self.metadata, self.payloads, self.room, self.waiting = outbox.metadata, outbox.payloads, outbox.room, outbox.waiting
+
+
+class Outbox:
+    """One topic of one member, as its publishing threads see it."""
+
+    def __init__(self, engine: Engine, budget: Budget, topic: str, policy: Policy, when_full: WhenFull, feed: int) -> None:
+        self.engine, self.budget, self.topic, self.policy, self.when_full, self.feed = engine, budget, topic, policy, when_full, feed
+        self.lock = threading.Lock()
+        self.closed = False
+        self.next = 0
+        """The offset of the next record."""
+        self._lanes: dict[int, list[int]] = {}
+        """By seed: the next sequence and the offset of the record before it."""
+        self._limit = engine.config.inboxes.payload_bytes_max
+        self._leaving: deque[_Closed] = deque()
+        self.room = 0
+        self._clear()
+        engine.outboxes.append(self)
+
+    def _clear(self) -> None:
+        self.first, self.size, self.due_ns = self.next, 0, 0
+        self.seeds: list[int] = []
+        self.sequences: list[int] = []
+        self.previous: list[int] = []
+        self.kinds: list[int] = []
+        self.bodies: list[bytes] = []
+        self.metadata: dict[int, bytes] = {}
+        self.payloads: dict[int, Any] = {}
+        self.waiting: list[tuple[int, Pending]] = []
+
+    # Publishing.
+
+    def publish(self, value: object, *, seed: int = 0, metadata: Mapping[str, object] | None = None) -> int:
+        """Publish a snapshot of `value` in the lane of `seed`; returns its sequence in that lane.
+
+        Returns when the record is in retention. Raises `QueueFullError` (nothing was taken), `UnsupportedValueError`,
+        `PayloadTooLargeError`, `SeedError`, `ClosedError`, `BrokenError`, `WrongProcessError`.
+        """
+        # Fast path: a few bytes into an open burst of a known lane.
+        if value.__class__ is bytes and metadata is None and seed.__class__ is int:
+            with self.lock:
+                size = len(value) + RECORD_BYTES  # type: ignore[arg-type]  # its class is bytes
+                lane = self._lanes.get(seed)
+                if lane is not None and self.bodies and size < PLAIN_BYTES_MAX and self.size + size <= BURST_BYTES_MAX:
+                    sequence = lane[0]
+                    self.seeds.append(seed)
+                    self.sequences.append(sequence)
+                    self.previous.append(lane[1])
+                    self.kinds.append(BYTES)
+                    self.bodies.append(value)  # type: ignore[arg-type]
+                    self.size += size
+                    lane[0] = sequence + 1
+                    lane[1] = self.next
+                    self.next += 1
+                    return sequence
+        packed = pack_metadata(metadata) if metadata else b""
+        planned = plan(value, limit=self._limit)
+        seed = check_seed(seed)
+        if planned.on_device or planned.size + len(packed) + RECORD_BYTES > BURST_BYTES_MAX:
+            return self._publish_addressed(planned, seed, packed)
+        return self._publish_small(planned.kind, planned.tobytes(), seed, packed)
+
+    def publish_many(self, values: Any, *, seeds: Any) -> list[int]:  # noqa: ANN401 - any sequences
+        """Publish each of `values` in the lane of the seed beside it; returns their sequences. Raises as `publish`; then those
+        before it were taken. Raises `ValueError` if there are not as many seeds as values."""
+        if len(values) != len(seeds):
+            raise ValueError(f"{len(values)} values and {len(seeds)} seeds")
+        return [self.publish(value, seed=seed) for value, seed in zip(values, map(check_seed, seeds), strict=True)]
+
+    def _publish_small(self, kind: int, body: bytes, seed: int, packed: bytes) -> int:
+        size = len(body) + len(packed) + RECORD_BYTES
+        while True:
+            with self.lock:
+                self._require_open()
+                if self.bodies and self.size + size > BURST_BYTES_MAX:
+                    self._close()
+                if self.bodies or self._open(ROOM):
+                    sequence = self._append(seed, kind, body, packed, size)
+                    full = self.size + size > BURST_BYTES_MAX
+                    if full:
+                        self._close()
+                    break
+            self._wait_for_room(ROOM)
+        if full:
+            self.engine.push()
+        elif self.due_ns and len(self.bodies) == 1:
+            self.engine.note_open(self)
+        return sequence
+
+    def _append(self, seed: int, kind: int, body: bytes, packed: bytes, size: int) -> int:
+        lane = self._lanes.get(seed)
+        if lane is None:
+            lane = self._lanes[seed] = [0, NONE]
+        sequence = lane[0]
+        self.seeds.append(seed)
+        self.sequences.append(sequence)
+        self.previous.append(lane[1])
+        self.kinds.append(kind)
+        if packed:
+            self.metadata[len(self.bodies)] = packed
+        self.bodies.append(body)
+        self.size += size
+        lane[0], lane[1] = sequence + 1, self.next
+        self.next += 1
+        return sequence
+
+    def _publish_addressed(self, planned: Plan, seed: int, packed: bytes) -> int:
+        """The value goes into a buffer of its own, the burst carries its descriptor and leaves at once."""
+        room = ROOM + planned.size
+        buffer = self.engine.pool.take(planned.size)
+        pending: Pending | None = None
+        try:
+            if planned.on_device:
+                pending = planned.start(buffer.view, self.engine.device_queue())
+            else:
+                planned.write(buffer.view)
+        except BaseException:
+            buffer.release()
+            raise
+        while True:
+            with self.lock:
+                self._require_open()
+                if self.bodies:
+                    self._close()
+                if self._open(room):
+                    self.payloads[self.next] = buffer
+                    if pending is not None:
+                        self.waiting.append((self.next, pending))
+                    sequence = self._append(seed, planned.kind | ADDRESSED, b"", packed, RECORD_BYTES + len(packed))
+                    self._close()
+                    break
+            self._wait_for_room(room)
+        self.engine.push()
+        if pending is not None:
+            self.engine.note_open(self)
+        return sequence
+
+    # The open burst; all of these need the lock.
+
+    def _require_open(self) -> None:
+        engine = self.engine
+        engine.require_open()
+        if self.closed:
+            raise ClosedError(what=f"the publisher of {self.topic}")
+        if engine.fenced_by:
+            raise BrokenError("a newer incarnation of this member lives", what="the fabric")
+
+    def _open(self, room: int) -> bool:
+        """Reserve room and begin a burst; False if there is none."""
+        if not self.budget.take(room):
+            return False
+        self.first, self.room = self.next, room
+        self.due_ns = self.engine.clock() + int(self.engine.config.work.burst_age_ms * 1000 * US)
+        return True
+
+    def _close(self) -> None:
+        """End the open burst; it leaves now, or once the copies before it are done."""
+        closed = _Closed(self)
+        self._leaving.append(closed)
+        self._clear()
+        self._leave()
+
+    def _leave(self) -> None:
+        while self._leaving and all(self._is_done(closed, entry) for closed in (self._leaving[0],) for entry in closed.waiting):
+            self.engine.submit_later(self._encode(self._leaving.popleft()))
+
+    def _is_done(self, closed: _Closed, entry: tuple[int, Pending]) -> bool:
+        offset, pending = entry
+        try:
+            return pending.poll()
+        except StagingError:
+            self.engine.counts["copies_failed"] += 1
+            closed.kinds[offset - closed.first] = TOMBSTONE
+            closed.payloads.pop(offset).release()
+            closed.waiting.remove(entry)
+            return True
+
+    def _encode(self, closed: _Closed) -> BurstClosed:
+        payloads: dict[int, memoryview] = {}
+        for offset, buffer in closed.payloads.items():
+            view = payloads[offset] = buffer.freeze()
+            closed.bodies[offset - closed.first] = encode_descriptor(len(view), checksum_of(view))
+        metadata = [closed.metadata.get(index, b"") for index in range(len(closed.bodies))] if closed.metadata else None
+        seeds = tuple(closed.columns[0]) if self.policy is Policy.LATEST else ()
+        incarnation = self.engine.card.incarnation
+        frame = encode_burst(
+            self.feed, incarnation, closed.first, self.engine.wall_ns(), *closed.columns, closed.kinds, closed.bodies, metadata
+        )
+        return BurstClosed(self.topic, closed.first, len(closed.bodies), frame, payloads or None, seeds, closed.room)
+
+    # Leaving.
+
+    def close_if_due(self, now: int) -> int:
+        """Close the open burst if it is old enough; returns when it is due next, 0 if nothing waits. Called by the driver."""
+        if not self.lock.acquire(blocking=False):
+            return now + 100 * US
+        try:
+            if self.bodies and now >= self.due_ns:
+                self._close()
+            elif self._leaving:
+                self._leave()
+            if self._leaving:
+                return now + 1000 * US
+            return self.due_ns if self.bodies else 0
+        finally:
+            self.lock.release()
+
+    def close_burst(self) -> None:
+        """Let the open burst leave now."""
+        with self.lock:
+            if self.bodies:
+                self._close()
+            elif self._leaving:
+                self._leave()
+
+    def shut(self) -> None:
+        """No record is taken any more."""
+        self.close_burst()
+        with self.lock:
+            self.closed = True
+
+    def abandon(self) -> None:
+        """In a forked child: what is open belongs to the parent."""
+        self.lock, self.closed = threading.Lock(), True
+        self._leaving.clear()
+        self._clear()
+
+    @property
+    def has_left(self) -> bool:
+        """Whether everything that was taken has left for the core."""
+        return not self.bodies and not self._leaving
+
+    def _wait_for_room(self, room: int) -> None:
+        engine = self.engine
+        if self.when_full is WhenFull.DROP_OLDEST:
+            engine.submit(RoomNeeded(self.topic, room + self.budget.reserved))
+            if self._has_room(room):
+                return
+        timeout_s = 0.0 if self.when_full is WhenFull.FAIL else engine.config.retention.publish_timeout_s
+        engine.counts["publish_waited"] += 1
+        if not engine.until(lambda: self._has_room(room), timeout_s):
+            limit = engine.config.retention.owed_bytes_max
+            raise QueueFullError(queue=f"the retention of {self.topic}", limit=limit, used=self.budget.used, waited_s=timeout_s)
+
+    def _has_room(self, room: int) -> bool:
+        used = self.budget.used
+        return not used or used + room <= self.engine.config.retention.owed_bytes_max
+
+
+def pack_metadata(metadata: Mapping[str, object]) -> bytes:
+    """A map of small facts as msgpack. Raises `UnsupportedValueError` for other keys and values, `PayloadTooLargeError`."""
+    if not all(isinstance(key, str) for key in metadata):
+        raise UnsupportedValueError("use str keys", kind="a key that is no str", where="metadata")
+    try:
+        packed: bytes = msgpack.packb(dict(metadata))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UnsupportedValueError(str(error), kind="something that is no plain value", where="metadata") from error
+    if len(packed) > METADATA_BYTES_MAX:
+        raise PayloadTooLargeError(size=len(packed), limit=METADATA_BYTES_MAX)
+    return packed
+
+

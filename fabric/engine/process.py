@@ -1,0 +1,118 @@
+"""The process around a member: leaving, fork, SIGTERM, interpreter exit, and proof of a peer's death."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Callable
+from types import FrameType
+from typing import Protocol
+
+from fabric.core.events import Card
+from fabric.engine.loop import Engine
+from fabric.engine.sleeping import ThreadedWaits
+from fabric.rendezvous.lives import Life
+
+__all__ = ["Membership", "ProcessMembership"]
+
+log = logging.getLogger("fabric.process")
+
+_members: weakref.WeakSet[ProcessMembership] = weakref.WeakSet()
+LINGER_S = 0.5
+"""What was handed to the sockets may leave for so long after a close: the goodbye."""
+
+
+class Membership(Protocol):
+    """What a `Fabric` has to give back when it leaves."""
+
+    def mark_training(self, step: int) -> None:
+        """This process trains."""
+
+    def close(self) -> None:
+        """Leave."""
+
+
+class ProcessMembership:
+    """Membership of a real process. `leave` are the steps that undo what `join` did, run in order, each whatever the others do."""
+
+    def __init__(self, engine: Engine, waits: ThreadedWaits, leave: list[Callable[[], None]]) -> None:
+        self._engine, self._waits, self._leave = engine, waits, leave
+        self._closed = False
+        self._lives: dict[str, tuple[int, Life | None]] = {}
+        self.step: int | None = None
+        self.on_exit: Callable[[], object] = self.close
+        engine.probe = self._is_dead
+        _members.add(self)
+
+    def mark_training(self, step: int) -> None:
+        """From now on the background thread keeps out of the way."""
+        self.step = step
+        self._waits.training = True
+
+    def remember(self, card: Card) -> None:
+        """Note which life of a process of this host a peer is, so that its death can be proven later."""
+        if card.host == self._engine.card.host:
+            self._lives[card.name] = card.incarnation, Life.of(card.pid)
+
+    def _is_dead(self, card: Card) -> bool:
+        incarnation, life = self._lives.get(card.name, (0, None))
+        return incarnation == card.incarnation and life is not None and Life.of(card.pid) != life
+
+    def close(self) -> None:
+        """Leave: the background ends, the sockets close, and what `join` put up is taken down."""
+        if self._closed:
+            return
+        self._closed = True
+        self._waits.close()
+        self._engine.close(LINGER_S)
+        for step in self._leave:
+            step()
+        _members.discard(self)
+
+    def abandon(self) -> None:
+        """In a forked child: refuse everything, give inherited descriptors back, touch nothing that the parent uses."""
+        self._closed = True
+        engine = self._engine
+        engine.abandon(os.getpid())
+        self._waits.abandon()
+
+
+def _after_fork_in_child() -> None:
+    for member in list(_members):
+        member.abandon()
+    _members.clear()
+
+
+def _at_exit() -> None:
+    for member in list(_members):
+        member.on_exit()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(_at_exit)
+
+
+def install_sigterm() -> Callable[[], None]:
+    """Turn SIGTERM into `SystemExit(143)`, so that `with` blocks close; only over the default action, only in the main thread.
+
+    Returns what restores the default.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return lambda: None
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    def restore() -> None:
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGTERM) is terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, terminate)
+    return restore
+
+

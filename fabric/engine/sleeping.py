@@ -1,0 +1,196 @@
+"""Who drives: waiting threads do, asleep on the transport's descriptors in between; a background thread does when nobody waits.
+
+A sleeper has an epoll over the transport's descriptors and an eventfd of its own. Whoever handled something looks whether those who
+sleep now have what they wait for, and signals them. libzmq's descriptors are edge-triggered: a turn ends only when the transport
+said that nothing is left, so the next arrival makes an edge.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+
+from fabric.engine.loop import Engine
+from transports import Transport
+
+__all__ = ["ThreadedWaits"]
+
+MS = 1_000_000
+PARKED_LOOK_NS = 50 * MS
+"""While others wait, and so drive, the background thread only looks whether they still do."""
+
+
+class _Sleeper:
+    """One thread's place to sleep."""
+
+    __slots__ = ("_epoll", "_event", "is_over", "until_ns")
+
+    def __init__(self, transport: Transport) -> None:
+        self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self._epoll.register(self._event, select.EPOLLIN)
+        for descriptor in transport.descriptors():
+            self._epoll.register(descriptor, select.EPOLLIN)
+        self.is_over: Callable[[], bool] = lambda: False
+        self.until_ns = 0
+        """When it will wake up by itself; 0 while it is awake."""
+
+    def sleep(self, now_ns: int, until_ns: int) -> None:
+        """Until a descriptor is readable, a signal, or the time."""
+        if until_ns <= now_ns:
+            return
+        self.until_ns = until_ns
+        self._epoll.poll((until_ns - now_ns) / 1e9 + 20e-6)  # epoll rounds up to milliseconds only below Linux 5.11
+        self.until_ns = 0
+        self.reset()
+
+    def signal(self) -> None:
+        """Wake up, from any thread."""
+        os.eventfd_write(self._event, 1)
+
+    def reset(self) -> None:
+        """Forget old signals."""
+        try:
+            os.eventfd_read(self._event)
+        except BlockingIOError:
+            return
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self._epoll.close()
+        os.close(self._event)
+
+
+class _Nap:
+    """A place to sleep that only a signal interrupts."""
+
+    def __init__(self) -> None:
+        self._woken = threading.Event()
+
+    def sleep(self, nanoseconds: int) -> None:
+        """For so long, or until `signal`."""
+        self._woken.wait(nanoseconds / 1e9)
+        self._woken.clear()
+
+    def signal(self) -> None:
+        """End the nap."""
+        self._woken.set()
+
+
+class ThreadedWaits:
+    """Waits for real threads. `training` slows the background thread down to one turn in `training_pause_ms`."""
+
+    def __init__(self) -> None:
+        self.training = False
+        self._lock = threading.Lock()
+        self._idle: list[_Sleeper] = []
+        self._waiting: list[_Sleeper] = []
+        self._left_ns = 0
+        self._nap = _Nap()
+        self._background: _Sleeper | None = None
+        self._thread: threading.Thread | None = None
+        self._engine: Engine | None = None
+        self._closing = False
+
+    def start(self, engine: Engine) -> None:
+        """Begin to drive in the background."""
+        self._engine = engine
+        engine.on_progress = self._progress
+        self._background = _Sleeper(engine.transport)
+        self._thread = threading.Thread(target=self._run, name=f"fabric-{engine.card.name}", daemon=True)
+        self._thread.start()
+
+    # Waiting threads.
+
+    def until(self, engine: Engine, is_over: Callable[[], bool], deadline_ns: int) -> None:
+        """Drive and sleep in turn until it is over."""
+        sleeper = self._enter(engine, is_over)
+        try:
+            while not is_over():
+                more = engine.turn()
+                now = engine.clock()
+                if is_over() or now >= deadline_ns:
+                    return
+                if not more:
+                    sleeper.sleep(now, min(deadline_ns, engine.due_ns))
+        finally:
+            self._leave(engine, sleeper)
+
+    def _enter(self, engine: Engine, is_over: Callable[[], bool]) -> _Sleeper:
+        with self._lock:
+            sleeper = self._idle.pop() if self._idle else _Sleeper(engine.transport)
+            sleeper.is_over = is_over
+            sleeper.reset()
+            self._waiting.append(sleeper)
+        return sleeper
+
+    def _leave(self, engine: Engine, sleeper: _Sleeper) -> None:
+        with self._lock:
+            self._waiting.remove(sleeper)
+            if self._closing:
+                sleeper.close()
+            else:
+                self._idle.append(sleeper)
+            last = not self._waiting
+        self._left_ns = engine.clock()
+        if last and self._background is not None and self._background.until_ns > self._left_ns + PARKED_LOOK_NS // 10:
+            self._background.signal()
+
+    def _progress(self) -> None:
+        for sleeper in list(self._waiting):
+            if sleeper.until_ns and (sleeper.is_over()):
+                sleeper.signal()
+
+    def submitted(self, engine: Engine) -> None:
+        """What is due moved: wake who would sleep past it."""
+        sleepers = [*self._waiting, self._background] if self._background is not None else self._waiting
+        for sleeper in sleepers:
+            if sleeper is not None and sleeper.until_ns > engine.due_ns:
+                sleeper.signal()
+                return
+
+    # The background thread.
+
+    def _run(self) -> None:
+        engine, sleeper = self._engine, self._background
+        assert engine is not None and sleeper is not None
+        work = engine.config.work
+        while not self._closing and engine.broken is None:
+            now = engine.clock()
+            resume_ns = self._left_ns + int(work.parked_ms * MS)
+            if self._waiting:
+                self._nap.sleep(PARKED_LOOK_NS // 10)
+            elif now < resume_ns:
+                self._nap.sleep(resume_ns - now)
+            elif not engine.turn():
+                if self.training:
+                    self._nap.sleep(int(work.training_pause_ms * MS))
+                sleeper.sleep(engine.clock(), engine.due_ns)
+
+    def close(self) -> None:
+        """End the background thread and wake everybody."""
+        self._closing = True
+        self._nap.signal()
+        if self._background is not None:
+            self._background.signal()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=2.0)
+        with self._lock:
+            for sleeper in self._waiting:
+                sleeper.signal()
+            for sleeper in self._idle:
+                sleeper.close()
+            self._idle.clear()
+        if self._background is not None:
+            self._background.close()
+            self._background = None
+
+    def abandon(self) -> None:
+        """In a forked child: the thread is not here; give the descriptors of the parent back."""
+        self._closing = True
+        for sleeper in [*self._idle, *self._waiting, *([self._background] if self._background is not None else [])]:
+            sleeper.close()
+        self._idle, self._waiting, self._background, self._thread = [], [], None, None
+        self._lock = threading.Lock()

@@ -1,0 +1,197 @@
+"""Entering a fabric: `join` for ranks, `observe` for others."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+from fabric.client import Fabric
+from fabric.config import FabricConfig
+from fabric.core import events
+from fabric.core.wire import VERSION
+from fabric.engine.dispatch import Dispatcher
+from fabric.engine.loop import Engine
+from fabric.engine.process import ProcessMembership, install_sigterm
+from fabric.engine.sleeping import ThreadedWaits
+from fabric.errors import ConfigError, JoinTimeoutError, RendezvousError, VersionMismatchError, shortened
+from fabric.rendezvous import Card, Rendezvous, announce, find, open_rendezvous, this_host, withdraw
+from transports import Endpoints
+from transports.base import SocketLimits
+from transports.zeromq import ZeroMQTransport
+
+__all__ = ["join", "observe"]
+
+FEEDS_FOLLOWED_MAX = 65_536
+"""Feeds that one member may follow at once: each is a subscribed prefix."""
+
+
+def join(
+    config: FabricConfig | None = None,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    rendezvous: str | None = None,
+    job: str | None = None,
+    state_directory: object = None,
+    timeout_s: float = 60.0,
+) -> Fabric:
+    """Enter the fabric as a rank. Returns when all ranks are met and know each other's subscriptions.
+
+    Under torchrun everything is in the environment (`rendezvous="env"`). Else give `rank` and `world_size`, and where to meet:
+    `"file:///shared/dir"`, `"tcp://host:port"` (any member's control address) or `"memory://name"` (one process). Without any of it
+    you are alone. `state_directory` is for durable state, which does not exist yet.
+
+    Raises `JoinTimeoutError` naming the missing ranks, `VersionMismatchError`, `RendezvousError`, `ConfigError`.
+    """
+    if state_directory is not None:
+        raise ConfigError("durable state does not exist yet", field="state_directory")
+    began = time.monotonic()
+    entry = _Entry(config or FabricConfig())
+    try:
+        meeting = open_rendezvous(rendezvous, rank=rank, world_size=world_size, job=job, ask=entry.ask, roster=entry.roster)
+        identity = meeting.identity
+        entry.open(f"rank-{identity.rank}", identity.rank, identity.world_size, identity.job)
+        entry.leave.append(meeting.close)
+        cards = meeting.meet(entry.card, timeout_s=timeout_s)
+        return entry.finish(cards, began + timeout_s, meeting)
+    except BaseException:
+        entry.give_up()
+        raise
+
+
+def observe(
+    job: str | None = None, *, name: str, address: str | None = None, config: FabricConfig | None = None, timeout_s: float = 10.0
+) -> Fabric:
+    """Enter a running job without a rank: found on this host by the members' cards, elsewhere by any member's control address.
+
+    An observer comes and goes. Its subscriptions are best effort unless they say `delivery="reliable"`. Raises `RendezvousError` if
+    no job, or more than one, is found, and `JoinTimeoutError`.
+    """
+    deadline = time.monotonic() + timeout_s
+    entry = _Entry(config or FabricConfig())
+    try:
+        if address is None:
+            cards = _the_job(job, entry.config)
+            entry.open(name, None, cards[0].world_size, cards[0].job)
+        else:
+            if job is None:
+                raise ConfigError("an address needs the name of its job", field="job")
+            entry.open(name, None, 1, job)
+            cards = entry.ask(address, entry.card, timeout_s)
+        return entry.finish(cards, deadline, None)
+    except BaseException:
+        entry.give_up()
+        raise
+
+
+def _the_job(job: str | None, config: FabricConfig) -> list[Card]:
+    cards = find(job, host=this_host(), directory=config.runtime_directory)
+    jobs = sorted({card.job for card in cards})
+    if len(jobs) != 1:
+        raise RendezvousError(f"found {len(jobs)} jobs on this host: {shortened(jobs)}" + (f", looked for {job}" if job else ""))
+    return [card for card in cards if card.job == jobs[0]]
+
+
+class _Entry:
+    """A member in the making."""
+
+    def __init__(self, config: FabricConfig) -> None:
+        self.config = config
+        self.leave: list[Callable[[], None]] = []
+        self._engine: Engine | None = None
+        self._waits = ThreadedWaits()
+        self._membership: ProcessMembership | None = None
+
+    def open(self, name: str, rank: int | None, world_size: int, job: str) -> None:
+        """Bind the sockets and start the engine."""
+        limits = SocketLimits(wildcard=self.config.wildcard, prefixes=FEEDS_FOLLOWED_MAX, sockets=4096)
+        transport = ZeroMQTransport(listen=self.config.listen, name=f"{job}/{name}", limits=limits)
+        endpoints = transport.endpoints
+        self.card = Card(
+            job=job,
+            name=name,
+            rank=rank,
+            world_size=world_size,
+            incarnation=time.time_ns(),
+            host=this_host(),
+            pid=os.getpid(),
+            version=VERSION,
+            endpoints=(endpoints.data, endpoints.control, endpoints.bulk),
+        )
+        engine = self._engine = Engine(_to_event(self.card), self.config, transport, time.monotonic_ns, self._waits)
+        self._membership = ProcessMembership(engine, self._waits, self.leave)
+        engine.on_connect = self._membership.remember
+        self._waits.start(engine)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, once it is open."""
+        assert self._engine is not None, "open comes first"
+        return self._engine
+
+    def roster(self) -> list[Card]:
+        """The cards of the ranks that have reached us."""
+        with self.engine.lock:
+            peers = list(self.engine.core.members.by_name.values())
+        return [Card(**asdict(peer.card)) for peer in peers if not peer.is_gone]
+
+    def ask(self, address: str, card: Card, timeout_s: float) -> list[Card]:
+        """Ask a control address for its roster. Raises `TimeoutError`."""
+        engine, key = self.engine, f"roster at {address}"
+        before = len(engine.core.members.by_name)
+        with engine.lock:
+            own = engine.transport.endpoints
+            engine.transport.connect(key, Endpoints(own.data, address, address))
+        try:
+            deadline = time.monotonic() + timeout_s
+            while len(engine.core.members.by_name) <= before:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"{address} did not answer")
+                engine.submit(events.RosterAsked(key))
+                engine.until(lambda: len(engine.core.members.by_name) > before, min(0.1, left))
+        finally:
+            with engine.lock:
+                engine.transport.disconnect(key)
+        return self.roster()
+
+    def finish(self, cards: list[Card], deadline: float, meeting: Rendezvous | None) -> Fabric:
+        """Greet all members and wait until they know us, and we their subscriptions."""
+        engine, membership = self.engine, self._membership
+        assert membership is not None
+        others = {card.name for card in cards if card.name != self.card.name}
+        for card in cards:
+            engine.submit(events.PeerAnnounced(_to_event(card)))
+
+        def missing() -> list[str]:
+            members = engine.core.members.by_name
+            return sorted(name for name in others if name not in members or not members[name].sees_us)
+
+        if not engine.until(lambda: bool(engine.version_mismatches) or not missing(), max(0.0, deadline - time.monotonic())):
+            raise JoinTimeoutError("not all members answered", waited_s=0.0, state=f"missing: {shortened(missing())}")
+        for name, theirs in engine.version_mismatches.items():
+            raise VersionMismatchError(peer=name, ours=VERSION, theirs=theirs)
+        directory = self.config.runtime_directory
+        if self.card.rank is not None:
+            announce(self.card, directory=directory)
+            self.leave.insert(0, lambda: withdraw(self.card, directory=directory))
+        if self.config.install_signal_handler:
+            self.leave.append(install_sigterm())
+        fabric = Fabric(engine, Dispatcher(engine), membership)
+        membership.on_exit = lambda: fabric.close(timeout_s=1.0)
+        return fabric
+
+    def give_up(self) -> None:
+        """Undo what was done so far."""
+        if self._membership is not None:
+            self._membership.close()
+        else:
+            for step in self.leave:
+                step()
+
+
+def _to_event(card: Card) -> events.Card:
+    return events.Card(**asdict(card))
+

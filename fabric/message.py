@@ -1,0 +1,182 @@
+"""What the application receives: messages, requests and replies. Values decode on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from fabric.core.wire import ADDRESSED
+from fabric.errors import FabricError, SchemaError
+from fabric.payloads import BYTES, decode, decode_into, own
+
+if TYPE_CHECKING:
+    from fabric.core.lanes import InboundFeed
+    from fabric.core.wire import Burst
+
+__all__ = ["Message", "Reply", "Request", "unpack_metadata"]
+
+_ABSENT: Any = object()
+
+
+def unpack_metadata(packed: bytes) -> dict[str, Any]:
+    """The map in packed metadata. Raises `SchemaError`."""
+    if not packed:
+        return {}
+    try:
+        metadata = msgpack.unpackb(packed, raw=False, strict_map_key=True, max_ext_len=0)
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(f"metadata: {error}") from error
+    if not isinstance(metadata, dict):
+        raise SchemaError("metadata is no map")
+    return metadata
+
+
+class Message:
+    """One record as it was received.
+
+    `value` is a view into received memory as long as `own()` was not called: arrays are read-only, tensors are inference tensors.
+    A view keeps the whole burst or payload alive.
+    """
+
+    __slots__ = ("_burst", "_feed", "_row", "_settle", "_value", "attempt", "redelivered")
+
+    def __init__(self, burst: Burst, row: int, feed: InboundFeed, settle: Callable[[Message, str | None], None] | None) -> None:
+        self._burst, self._row, self._feed, self._settle = burst, row, feed, settle
+        self._value = _ABSENT
+        self.attempt = 1
+        self.redelivered = False
+
+    @property
+    def value(self) -> Any:  # noqa: ANN401 - whatever was published
+        """What was published. Raises `SchemaError` if it cannot be decoded."""
+        if self._value is _ABSENT:
+            kind = self._burst.columns[3][self._row]
+            if kind == BYTES:
+                self._value = self._burst.body(self._row)
+            else:
+                self._value = decode(kind & ~ADDRESSED, self._blob())
+        return self._value
+
+    def _blob(self) -> memoryview:
+        burst, row = self._burst, self._row
+        if burst.columns[3][row] & ADDRESSED:
+            assert burst.payloads is not None, "an addressed record is handed over with its payload"
+            return memoryview(burst.payloads[burst.first + row])
+        return memoryview(burst.body(row))
+
+    @property
+    def seed(self) -> int:
+        """The seed that it was published under."""
+        seed: int = self._burst.columns[0][self._row]
+        return seed
+
+    @property
+    def sequence(self) -> int:
+        """Its number in its lane, dense from 0 in each incarnation."""
+        sequence: int = self._burst.columns[1][self._row]
+        return sequence
+
+    @property
+    def offset(self) -> int:
+        """Its position in its feed."""
+        return self._burst.first + self._row
+
+    @property
+    def topic(self) -> str:
+        """The topic that it was published on."""
+        return self._feed.topic
+
+    @property
+    def source(self) -> str:
+        """The name of the member that published it, `rank-3` for a rank."""
+        return self._feed.source
+
+    @property
+    def incarnation(self) -> int:
+        """Which life of that member."""
+        return self._feed.incarnation
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The facts that were published beside the value. Raises `SchemaError`."""
+        return unpack_metadata(self._burst.metadata(self._row))
+
+    @property
+    def published_ns(self) -> int:
+        """When its burst was closed, in nanoseconds of its publisher's wall clock; for people, not for order."""
+        return self._burst.published_ns
+
+    def own(self) -> Any:  # noqa: ANN401 - whatever was published
+        """The value in ordinary memory of its own, writable, independent of what was received."""
+        self._value = own(self.value)
+        return self._value
+
+    def copy_into(self, into: Any) -> Any:  # noqa: ANN401 - a tensor, an array, or a tree of them
+        """Copy the value into given tensors or arrays, whole or not at all. Raises `SchemaError` if shapes or types differ."""
+        return decode_into(self._burst.columns[3][self._row] & ~ADDRESSED, self._blob(), into)
+
+    def acknowledge(self) -> None:
+        """It is handled, and with it all that precede it in its lane. Without effect unless `acknowledge="manual"`."""
+        if self._settle is not None:
+            self._settle(self, None)
+
+    def reject(self, reason: str) -> None:
+        """It will not be handled: it becomes a dead letter with this reason, and all that precede it in its lane are handled."""
+        if self._settle is not None:
+            self._settle(self, reason)
+
+    def __repr__(self) -> str:
+        return f"Message({self.source}/{self.topic}, seed={self.seed}, sequence={self.sequence})"
+
+
+class Request:
+    """A peer's request as a handler sees it."""
+
+    __slots__ = ("_blob", "_kind", "_metadata", "deadline_ns", "method", "source")
+
+    def __init__(self, source: str, method: str, kind: int, blob: memoryview, metadata: bytes, deadline_ns: int) -> None:
+        self.source, self.method, self.deadline_ns = source, method, deadline_ns
+        self._kind, self._blob, self._metadata = kind, blob, metadata
+
+    @property
+    def value(self) -> Any:  # noqa: ANN401 - whatever was sent
+        """What was sent, as a view. Raises `SchemaError`."""
+        return decode(self._kind, self._blob)
+
+    def own(self) -> Any:  # noqa: ANN401 - whatever was sent
+        """What was sent, in memory of its own."""
+        return own(self.value)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The facts beside the value."""
+        return unpack_metadata(self._metadata)
+
+    def __repr__(self) -> str:
+        return f"Request({self.method}, from {self.source})"
+
+
+class Reply:
+    """The answer to a request."""
+
+    __slots__ = ("_blob", "_kind", "source")
+
+    def __init__(self, source: str, kind: int, blob: memoryview) -> None:
+        self.source, self._kind, self._blob = source, kind, blob
+
+    @property
+    def value(self) -> Any:  # noqa: ANN401 - whatever was returned
+        """What the responder returned, as a view. Raises `SchemaError`."""
+        return decode(self._kind, self._blob)
+
+    def own(self) -> Any:  # noqa: ANN401 - whatever was returned
+        """What the responder returned, in memory of its own."""
+        return own(self.value)
+
+    def __repr__(self) -> str:
+        return f"Reply(from {self.source})"
+
+
+Outcome = Reply | FabricError

@@ -1,0 +1,320 @@
+"""The subscriber's face: taking messages, and saying that they are handled."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fabric.core import events
+from fabric.core.wire import TOMBSTONE, Drop
+from fabric.engine.inbox import Gap, Hand, Inbox
+from fabric.errors import ClosedError, PayloadError, ReceiveTimeoutError, WrongThreadError
+from fabric.message import Message
+
+if TYPE_CHECKING:
+    from fabric.engine.loop import Engine
+
+__all__ = ["Subscription"]
+
+POKE_ITEMS = 4
+"""While fewer bursts than this wait, the taker of one sees to the sockets, if nobody else does."""
+
+
+class Subscription:
+    """What `Fabric.subscribe` returns. It belongs to one thread at a time.
+
+    With `acknowledge="auto"` a message counts as handled when the next one is asked for; with `"manual"`, when `acknowledge()` or
+    `reject()` is called on it or on a later one of its lane.
+    """
+
+    def __init__(self, engine: Engine, inbox: Inbox, pattern: str, *, manual: bool, owning: bool, idle_timeout_s: float) -> None:
+        self.pattern = pattern
+        self._engine, self._inbox, self._owning, self._idle_timeout_s = engine, inbox, owning, idle_timeout_s
+        self._hand: Hand | None = None
+        self._at = 0
+        """The index, into the rows in hand, of the message that was handed out last."""
+        self._earlier: list[Hand] = []
+        """Bursts before the one in hand whose messages are all in the application's hand, by `receive_many`."""
+        self._user = threading.Lock()
+        self._user_name = ""
+        self._manual = manual
+        self._unsettled: dict[tuple[object, int], deque[tuple[int, Hand, int]]] = {}
+        self._newest: dict[tuple[object, int], int] = {}
+        self._closed = False
+        self.bytes_received = self.messages_received = 0
+
+    # Taking.
+
+    def drain(self) -> Iterator[Message]:
+        """The messages that are here now, oldest first of each lane; never waits."""
+        self._require_open()
+        self._look()
+        return self._messages(wait_s=None)
+
+    def receive(self, *, timeout_s: float = 10.0, into: Any = None) -> Message:  # noqa: ANN401 - tensors
+        """The next message; waits for it. Its value is copied into the tensors `into`, whole or not at all, if given.
+
+        Raises `ReceiveTimeoutError`, `ClosedError` (also when all feeds are over), `BrokenError`, and with `into` `SchemaError`: then
+        the message stays the next one.
+        """
+        self._enter()
+        try:
+            message = self._next()
+            if message is None:
+                message = self._wait(timeout_s)
+            if into is not None:
+                try:
+                    message.copy_into(into)
+                except PayloadError:
+                    self._at -= 1
+                    raise
+                message._value = into  # the package's own
+            return message
+        finally:
+            self._user.release()
+
+    def receive_many(self, n: int, *, timeout_s: float = 10.0) -> list[Message]:
+        """At least one and at most `n` messages; waits for the first. All of them are in hand until the next call. Raises as
+        `receive`."""
+        messages = [self.receive(timeout_s=timeout_s)]
+        self._enter(settle=False)
+        try:
+            while len(messages) < n:
+                if self._hand is not None and not (self._manual or self._owning or self._hand.item.feed.latest):
+                    messages += self._rest_of_hand(n - len(messages))
+                    if len(messages) == n:
+                        break
+                message = self._next(keep=True)
+                if message is None:
+                    break
+                messages.append(message)
+        finally:
+            self._user.release()
+        return messages
+
+    def _rest_of_hand(self, most: int) -> list[Message]:
+        """Fast path: messages of the burst in hand, as many as are asked for and none that was lost at its source."""
+        hand = self._hand
+        assert hand is not None
+        burst, feed = hand.item.burst, hand.item.feed
+        rows = hand.rows[self._at + 1 : self._at + 1 + most]
+        kinds = burst.columns[3]
+        if TOMBSTONE in kinds:
+            return []
+        self._at += len(rows)
+        return [Message(burst, row, feed, None) for row in rows]
+
+    def __iter__(self) -> Iterator[Message]:
+        """All messages, until every feed is over. Raises `ReceiveTimeoutError` after `idle_timeout_s` without any."""
+        self._require_open()
+        return self._messages(wait_s=self._idle_timeout_s)
+
+    def _messages(self, wait_s: float | None) -> Iterator[Message]:
+        while True:
+            self._enter()
+            try:
+                message = self._next()
+                if message is None and wait_s is not None:
+                    message = self._wait(wait_s, ending=True)
+            finally:
+                self._user.release()
+            if message is None:
+                return
+            yield message
+            hand = self._hand
+            if hand is None or self._manual or hand.item.feed.latest:
+                continue
+            # Fast path: the rest of the burst, without asking anybody. Row by row, so that breaking off settles what was handled.
+            burst, feed, rows, kinds = hand.item.burst, hand.item.feed, hand.rows, hand.item.burst.columns[3]
+            owning = self._owning
+            while self._hand is hand and self._at + 1 < len(rows):
+                self._at = at = self._at + 1
+                row = rows[at]
+                if kinds[row] == TOMBSTONE:
+                    hand.dropped[Drop.LOST_AT_SOURCE] += 1
+                    continue
+                message = Message(burst, row, feed, None)
+                if owning:
+                    message.own()
+                yield message
+
+    def _wait(self, timeout_s: float, *, ending: bool = False) -> Message:
+        inbox, engine = self._inbox, self._engine
+        began = engine.clock()
+        while True:
+            left_s = timeout_s - (engine.clock() - began) / 1e9
+            arrived = engine.until(lambda: bool(inbox.items) or inbox.ended or self._closed, max(0.0, left_s))
+            message = self._next()
+            if message is not None:
+                return message
+            if self._closed or (inbox.ended and not inbox.items):
+                if ending and not self._closed:
+                    return None  # type: ignore[return-value]  # only `_messages` asks for an end
+                raise ClosedError(what=f"the subscription to {self.pattern}" if self._closed else f"every feed of {self.pattern}")
+            if not arrived:
+                state = f"{len(inbox.open)} feeds open, last at {self._position()}"
+                raise ReceiveTimeoutError("no message", waited_s=timeout_s, state=state)
+
+    def _position(self) -> str:
+        feed = self._hand.item.feed if self._hand else None
+        return f"{feed.source}/{feed.topic} offset {feed.floor}" if feed else "no offset"
+
+    def _next(self, *, keep: bool = False) -> Message | None:
+        """The next message that is here. Settles the one before, unless several are in hand at once (`keep`)."""
+        while True:
+            hand = self._hand
+            if hand is None or self._at + 1 >= len(hand.rows):
+                if not self._turn_page(keep):
+                    return None
+                continue
+            self._at += 1
+            message = self._pick(hand, self._at)
+            if message is not None:
+                if self._owning:
+                    message.own()
+                return message
+
+    def _pick(self, hand: Hand, at: int) -> Message | None:
+        item, row = hand.item, hand.rows[at]
+        burst = item.burst
+        kind, seed = burst.columns[3][row], burst.columns[0][row]
+        reason = Drop.LOST_AT_SOURCE if kind == TOMBSTONE else None
+        if item.feed.latest and reason is None and self._newest.get((item.feed, seed), -1) > burst.first + row:
+            reason = Drop.SUPERSEDED
+        if reason is not None:
+            if self._manual:
+                hand.settle_one(at, reason)
+            else:
+                hand.dropped[reason] += 1
+            return None
+        if not self._manual:
+            return Message(burst, row, item.feed, None)
+        self._unsettled.setdefault((item.feed, seed), deque()).append((burst.first + row, hand, at))
+        return Message(burst, row, item.feed, self._settle_message)
+
+    def _turn_page(self, keep: bool) -> bool:
+        """The burst in hand is handled; take the next one, if there is one."""
+        hand, items = self._hand, self._inbox.items
+        self._hand = None
+        if hand is not None and not self._manual:
+            if keep:
+                self._earlier.append(hand)
+            else:
+                hand.settle_all()
+        if len(items) < POKE_ITEMS:
+            self._look()
+        if not items:
+            return False
+        item = items.popleft()
+        self._hand, self._at = Hand(item, self._engine.submit_later), -1
+        self.messages_received += len(self._hand.rows)
+        self.bytes_received += item.size
+        if item.feed.latest:
+            self._note_newest()
+        return True
+
+    def _note_newest(self) -> None:
+        """In a `latest` feed, of all that waits only the newest of each seed is worth handing out."""
+        assert self._hand is not None
+        for item in [self._hand.item, *self._inbox.items]:
+            seeds = item.burst.columns[0]
+            for row in range(item.burst.count) if item.rows is None else item.rows:
+                key = item.feed, seeds[row]
+                self._newest[key] = max(self._newest.get(key, -1), item.burst.first + row)
+
+    def _look(self) -> None:
+        """See to the sockets, if nobody does."""
+        if not self._engine.lock.locked():
+            self._engine.turn()
+
+    # Handling.
+
+    def _settle_message(self, message: Message, reason: str | None) -> None:
+        lane = self._unsettled.get((message._feed, message.seed))
+        while lane and lane[0][0] <= message.offset:
+            offset, hand, at = lane.popleft()
+            last = offset == message.offset
+            hand.settle_one(at, reason if last and reason is None else Drop.REJECTED if last else None)
+        if not lane:
+            self._unsettled.pop((message._feed, message.seed), None)
+        if reason is not None:
+            self._engine.bury(message, Drop.REJECTED, reason)
+        self._engine.push()
+
+    def cursor(self) -> dict[str, Any]:
+        """Where this subscription stands in each feed: {"source/topic": (incarnation, floor, settled ranges above it)}."""
+        self._enter()
+        try:
+            if self._hand is not None and not self._manual:
+                self._hand.settle_until(self._at)
+            self._engine.push()
+            with self._engine.lock:
+                subscription = self._engine.core.subscribing.subscriptions.get(self._inbox.number)
+                feeds = list(subscription.feeds.values()) if subscription else []
+                return {f"{feed.source}/{feed.topic}": (feed.incarnation, feed.floor, list(feed.settled)) for feed in feeds}
+        finally:
+            self._user.release()
+
+    # Looking.
+
+    @property
+    def joined(self) -> dict[tuple[str, str], int]:
+        """The join offset of each feed, by (source, topic): everything from there on is handed over, or reported as a gap."""
+        return dict(self._inbox.joined)
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]:
+        """The latest gaps, at most 1,000."""
+        return tuple(self._inbox.gaps)
+
+    @property
+    def gaps_total(self) -> int:
+        """How many gaps were reported."""
+        return self._inbox.gaps_total
+
+    # Ending.
+
+    def close(self) -> None:
+        """Take nothing more; publishers owe nothing more. Twice is once."""
+        if self._closed:
+            return
+        self._closed = True
+        hand, self._hand = self._hand, None
+        if hand is not None and not self._manual:
+            hand.settle_until(self._at)
+        self._inbox.items.clear()
+        self._engine.inboxes.pop(self._inbox.number, None)
+        if not self._engine.closed:
+            self._engine.submit(events.SubscriptionClosed(self._inbox.number))
+
+    def _require_open(self) -> None:
+        self._engine.require_open()
+        if self._closed:
+            raise ClosedError(what=f"the subscription to {self.pattern}")
+
+    def _enter(self, *, settle: bool = True) -> None:
+        if not self._user.acquire(blocking=False):
+            raise WrongThreadError(owner=self._user_name, caller=threading.current_thread().name)
+        self._user_name = threading.current_thread().name
+        try:
+            self._require_open()
+        except BaseException:
+            self._user.release()
+            raise
+        if settle and self._earlier:
+            for hand in self._earlier:
+                hand.settle_all()
+            self._earlier.clear()
+
+    def __enter__(self) -> Subscription:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Subscription({self.pattern!r}, waiting={len(self._inbox.items)}, feeds={len(self._inbox.open)})"
+
+
