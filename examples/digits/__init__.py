@@ -1,0 +1,1 @@
+"""The parts of `examples/train_digits.py`: the network and its seeds, the controller, the report."""

@@ -1,0 +1,31 @@
+"""Run all benchmarks and print one table: `python -m perf [--quick] [--json] [--out FILE] [--raw-only]`.
+
+A benchmark that breaks leaves its rows out and is named at the end; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from perf import bench_records, bench_request, bench_tensors, bench_topics, bench_train_step
+from perf.harness import Report, main
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """All benchmarks, one after the other."""
+    whole = Report()
+    for bench in (bench_records, bench_tensors, bench_request, bench_train_step, bench_topics):
+        print(f"{bench.__name__} ...", file=sys.stderr, flush=True)
+        try:
+            report = bench.run(arguments)
+        except RuntimeError as error:
+            whole.broken.append(f"{bench.__name__}: {error}")
+            continue
+        whole.rows += report.rows
+        whole.fits |= report.fits
+    return whole
+
+
+if __name__ == "__main__":
+    main(__doc__, run)

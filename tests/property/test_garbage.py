@@ -1,0 +1,137 @@
+"""The garbage law: whatever a member sends, the core answers with commands, does bounded work, and serves everybody else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fabric.config import Policy, Start
+from fabric.core import events
+from fabric.core.wire import (
+    ADDRESSED,
+    FIELDS,
+    Each,
+    Kind,
+    encode_burst,
+    encode_control,
+    encode_descriptor,
+    encode_marker,
+    feed_id,
+    member_id,
+)
+from tests.harness.bursts import RAW
+from tests.harness.pair import Flight, Link
+
+COMMANDS_MAX = 5_000
+"""More commands than this from one frame are no bounded work."""
+
+EVIL = feed_id("evil", 1, "evil.topic")
+NUMBERS = st.one_of(
+    st.integers(0, 8),
+    st.sampled_from(
+        [EVIL, feed_id("evil", 1, "t"), feed_id("b", 1, "t"), feed_id("a", 1, "t"), member_id("a"), member_id("evil")]
+    ),
+    st.sampled_from([100, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]),
+)
+TEXTS = st.sampled_from(
+    [
+        *("t", "evil.topic", "**", "*.topic", "live", "retained", "last", "reliable", "best_effort", "latest", "lossy"),
+        *("", ".", "\0", "a", "b", "evil", "training", "host-of-a", "x" * 300),
+    ]
+)
+
+
+def hostile(wanted: Any) -> st.SearchStrategy[Any]:
+    if isinstance(wanted, Each):
+        return st.lists(st.tuples(*map(hostile, wanted.shape)), max_size=4)
+    blobs = st.sampled_from([b"", b"x", encode_descriptor(2**63, 1), encode_descriptor(0, 1), encode_descriptor(100, 1)])
+    return {int: NUMBERS, str: TEXTS, bool: st.booleans(), bytes: blobs}[wanted]
+
+
+@st.composite
+def control(draw: st.DrawFn) -> bytes:
+    kind = draw(st.sampled_from(list(Kind)))
+    source = draw(st.sampled_from([member_id("evil")] * 6 + [member_id("a"), member_id("b"), 0]))
+    incarnation = draw(st.sampled_from([1] * 6 + [0, 2, 2**64 - 1]))
+    fields = [draw(hostile(wanted)) for wanted in FIELDS[kind]]
+    if kind is Kind.REGISTERED and draw(st.booleans()):  # one that passes the check of its identity
+        fields = [1, draw(NUMBERS), [(EVIL, "evil.topic", "reliable", *draw(st.tuples(NUMBERS, NUMBERS, NUMBERS)))]]
+    if kind in (Kind.HELLO, Kind.ROSTER_ASK) and draw(st.booleans()):
+        fields[0], fields[3], fields[6] = draw(st.sampled_from(["evil", "other"])), "training", 1
+    return encode_control(kind, source, incarnation, *fields)
+
+
+@st.composite
+def data(draw: st.DrawFn) -> bytes:
+    feed = draw(st.sampled_from([EVIL, EVIL, feed_id("a", 1, "t"), 5]))
+    first = draw(st.sampled_from([0, 0, 1, 2, 3, 4, 5, 2**31, 2**62, 2**63 - 10]))
+    if draw(st.integers(0, 3)) == 0:
+        return encode_marker(feed, 1, draw(NUMBERS), 0, draw(st.lists(NUMBERS, max_size=3)))
+    count = draw(st.integers(1, 4))
+    previous = [draw(st.integers(-1, first + row - 1)) if draw(st.booleans()) else first + row - 1 for row in range(count)]
+    kinds = [draw(st.sampled_from([RAW, RAW, RAW | ADDRESSED, 0x7F])) for _ in range(count)]
+    bodies = [draw(hostile(bytes)) for _ in range(count)]
+    numbers = [draw(st.sampled_from([0, 1, 2**62])) for _ in range(count)]
+    return encode_burst(feed, draw(st.sampled_from([1, 1, 1, 2])), first, 0, numbers, numbers, previous, kinds, bodies)
+
+
+EVENTS = st.one_of(
+    st.binary(max_size=80).map(events.ControlReceived),
+    st.binary(max_size=80).map(events.DataReceived),
+    control().map(events.ControlReceived),
+    control().map(events.ControlReceived),
+    data().map(events.DataReceived),
+    st.tuples(control(), st.one_of(st.none(), st.binary(max_size=40), data())).map(lambda pair: events.BulkReceived(*pair)),
+    data().map(lambda frame: events.BulkReceived(encode_control(Kind.REPAIR, member_id("evil"), 1, EVIL, 1), frame)),
+    st.integers(1, 5_000),
+)
+
+
+def a_fabric() -> Link:
+    """a publishes to b, and evil is a member that b talks to."""
+    link = Link("a", "b", "evil")
+    link.subscribe("b", "**")
+    link.subscribe("b", "t", subscription=2, start=Start.RETAINED, seeds=frozenset({1}))
+    link.subscribe("evil", "**")
+    link.publish("b", "t", [0, 1])
+    link.crank()
+    link.publish("a", "t", [0, 1])
+    link.publish("evil", "evil.topic", [0, 0, 1, 1])
+    link.crank()
+    return link
+
+
+def attack(link: Link, event: Any) -> None:
+    if isinstance(event, int):
+        link.pass_time(event, step_ms=max(20, event / 5))
+    else:
+        commands = link.do("b", event)
+        assert len(commands) < COMMANDS_MAX
+    assert link["b"].core.next_deadline_ns() >= 0
+    link.drop(lambda flight: flight.to.name == "evil")
+
+
+@settings(max_examples=150)
+@given(st.lists(EVENTS, max_size=12))
+def test_a_hostile_member_breaks_nothing_and_delays_nobody(attacks: list[Any]) -> None:
+    link = a_fabric()
+    for event in attacks:
+        attack(link, event)
+    if link["b"].core.members.by_name["a"].is_gone:  # nothing is authenticated yet: it may speak in another's name
+        return
+    before = len(link["b"].values("t", subscription=1))
+    link.publish("a", "t", [0, 1, 2])
+    link.run(2_000, step_ms=100)
+    if link["b"].core.members.by_name["a"].incarnation == 1 and not forged(link):
+        assert link["b"].values("t", subscription=1)[before:] == [b"2", b"3", b"4"]
+
+
+def forged(link: Link) -> bool:
+    """Whether somebody spoke for a: then what b knows of its feed may be anything."""
+    known = link["b"].core.subscribing.followed.get(feed_id("a", 1, "t"))
+    return known is None or known.known != 5 or link["b"].core.subscribing.subscriptions.keys() != {1, 2}
+
+
+__all__ = ["Flight", "Policy"]
