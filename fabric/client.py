@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgpack
 
@@ -120,6 +120,9 @@ class _Waiting:
 class Fabric:
     """A member of a fabric: what `join` and `observe` return. Thread-safe, but for the subscriptions that it makes."""
 
+    publisher_class: ClassVar[type[Publisher]] = Publisher
+    subscription_class: ClassVar[type[Subscription]] = Subscription
+
     def __init__(self, engine: Engine, dispatcher: Dispatcher, membership: Membership) -> None:
         self._engine, self._dispatcher, self._membership = engine, dispatcher, membership
         self._lock = threading.Lock()
@@ -202,7 +205,7 @@ class Fabric:
             if topic not in self._publishers:
                 engine.submit(events.FeedOpened(topic, policy))
                 feed = feed_id(self.name, engine.card.incarnation, topic)
-                self._publishers[topic] = Publisher(engine, engine.budget, topic, policy, when_full, feed)
+                self._publishers[topic] = self.publisher_class(engine, engine.budget, topic, policy, when_full, feed)
             return self._publishers[topic]
 
     def publish(self, topic: str, value: object, *, seed: int = 0, metadata: Mapping[str, object] | None = None) -> int:
@@ -243,7 +246,7 @@ class Fabric:
             raise ConfigError("durable subscriptions need the spill log, which does not exist yet", field="name" if name else "cursor")
         manual, owning = _choose("acknowledge", acknowledge, "auto", "manual"), _choose("ownership", ownership, "view", "own")
         inbox = self._open(pattern, start, delivery, None if seeds is None else frozenset(map(check_seed, seeds)))
-        return Subscription(self._engine, inbox, pattern, manual=manual, owning=owning, idle_timeout_s=idle_timeout_s)
+        return self.subscription_class(self._engine, inbox, pattern, manual=manual, owning=owning, idle_timeout_s=idle_timeout_s)
 
     def _open(self, pattern: str, start: str, delivery: str | None, seeds: frozenset[int] | None) -> Inbox:
         engine = self._engine
@@ -303,8 +306,6 @@ class Fabric:
         engine.require_open()
         self._membership.mark_training(n)
         engine.flush()
-        if not engine.lock.locked():
-            engine.turn()
         if not self._dispatcher.threaded:
             while self._dispatcher.run_one():
                 pass

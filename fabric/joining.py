@@ -50,7 +50,9 @@ def join(
     began = time.monotonic()
     entry = _Entry(config or FabricConfig())
     try:
-        meeting = open_rendezvous(rendezvous, rank=rank, world_size=world_size, job=job, ask=entry.ask, roster=entry.roster)
+        meeting = open_rendezvous(
+            rendezvous, rank=rank, world_size=world_size, job=job, ask=entry.ask, roster=entry.roster
+        )
         identity = meeting.identity
         entry.open(f"rank-{identity.rank}", identity.rank, identity.world_size, identity.job)
         entry.leave.append(meeting.close)
@@ -62,7 +64,12 @@ def join(
 
 
 def observe(
-    job: str | None = None, *, name: str, address: str | None = None, config: FabricConfig | None = None, timeout_s: float = 10.0
+    job: str | None = None,
+    *,
+    name: str,
+    address: str | None = None,
+    config: FabricConfig | None = None,
+    timeout_s: float = 10.0,
 ) -> Fabric:
     """Enter a running job without a rank: found on this host by the members' cards, elsewhere by any member's control address.
 
@@ -90,7 +97,9 @@ def _the_job(job: str | None, config: FabricConfig) -> list[Card]:
     cards = find(job, host=this_host(), directory=config.runtime_directory)
     jobs = sorted({card.job for card in cards})
     if len(jobs) != 1:
-        raise RendezvousError(f"found {len(jobs)} jobs on this host: {shortened(jobs)}" + (f", looked for {job}" if job else ""))
+        raise RendezvousError(
+            f"found {len(jobs)} jobs on this host: {shortened(jobs)}" + (f", looked for {job}" if job else "")
+        )
     return [card for card in cards if card.job == jobs[0]]
 
 
@@ -169,7 +178,9 @@ class _Entry:
             members = engine.core.members.by_name
             return sorted(name for name in others if name not in members or not members[name].sees_us)
 
-        if not engine.until(lambda: bool(engine.version_mismatches) or not missing(), max(0.0, deadline - time.monotonic())):
+        if not engine.until(
+            lambda: bool(engine.version_mismatches) or not missing(), max(0.0, deadline - time.monotonic())
+        ):
             raise JoinTimeoutError("not all members answered", waited_s=0.0, state=f"missing: {shortened(missing())}")
         for name, theirs in engine.version_mismatches.items():
             raise VersionMismatchError(peer=name, ours=VERSION, theirs=theirs)
@@ -194,4 +205,3 @@ class _Entry:
 
 def _to_event(card: Card) -> events.Card:
     return events.Card(**asdict(card))
-

@@ -42,7 +42,9 @@ class Message:
 
     __slots__ = ("_burst", "_feed", "_row", "_settle", "_value", "attempt", "redelivered")
 
-    def __init__(self, burst: Burst, row: int, feed: InboundFeed, settle: Callable[[Message, str | None], None] | None) -> None:
+    def __init__(
+        self, burst: Burst, row: int, feed: InboundFeed, settle: Callable[[Message, str | None], None] | None
+    ) -> None:
         self._burst, self._row, self._feed, self._settle = burst, row, feed, settle
         self._value = _ABSENT
         self.attempt = 1
@@ -136,7 +138,9 @@ class Request:
 
     __slots__ = ("_blob", "_kind", "_metadata", "deadline_ns", "method", "source")
 
-    def __init__(self, source: str, method: str, kind: int, blob: memoryview, metadata: bytes, deadline_ns: int) -> None:
+    def __init__(
+        self, source: str, method: str, kind: int, blob: memoryview, metadata: bytes, deadline_ns: int
+    ) -> None:
         self.source, self.method, self.deadline_ns = source, method, deadline_ns
         self._kind, self._blob, self._metadata = kind, blob, metadata
 

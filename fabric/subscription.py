@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Subscription"]
 
-POKE_ITEMS = 4
-"""While fewer bursts than this wait, the taker of one sees to the sockets, if nobody else does."""
-
 
 class Subscription:
     """What `Fabric.subscribe` returns. It belongs to one thread at a time.
@@ -115,7 +112,7 @@ class Subscription:
         while True:
             self._enter()
             try:
-                message = self._next()
+                message = self._next(look=wait_s is not None)
                 if message is None and wait_s is not None:
                     message = self._wait(wait_s, ending=True)
             finally:
@@ -133,7 +130,7 @@ class Subscription:
                 self._at = at = self._at + 1
                 row = rows[at]
                 if kinds[row] == TOMBSTONE:
-                    hand.dropped[Drop.LOST_AT_SOURCE] += 1
+                    hand.drop(Drop.LOST_AT_SOURCE)
                     continue
                 message = Message(burst, row, feed, None)
                 if owning:
@@ -161,12 +158,15 @@ class Subscription:
         feed = self._hand.item.feed if self._hand else None
         return f"{feed.source}/{feed.topic} offset {feed.floor}" if feed else "no offset"
 
-    def _next(self, *, keep: bool = False) -> Message | None:
-        """The next message that is here. Settles the one before, unless several are in hand at once (`keep`)."""
+    def _next(self, *, keep: bool = False, look: bool = True) -> Message | None:
+        """The next message that is here. Settles the one before, unless several are in hand at once (`keep`).
+
+        Whoever finds nothing looks at the sockets (`look`), if nobody else does.
+        """
         while True:
             hand = self._hand
             if hand is None or self._at + 1 >= len(hand.rows):
-                if not self._turn_page(keep):
+                if not self._turn_page(keep, look):
                     return None
                 continue
             self._at += 1
@@ -187,14 +187,14 @@ class Subscription:
             if self._manual:
                 hand.settle_one(at, reason)
             else:
-                hand.dropped[reason] += 1
+                hand.drop(reason)
             return None
         if not self._manual:
             return Message(burst, row, item.feed, None)
         self._unsettled.setdefault((item.feed, seed), deque()).append((burst.first + row, hand, at))
         return Message(burst, row, item.feed, self._settle_message)
 
-    def _turn_page(self, keep: bool) -> bool:
+    def _turn_page(self, keep: bool, look: bool) -> bool:
         """The burst in hand is handled; take the next one, if there is one."""
         hand, items = self._hand, self._inbox.items
         self._hand = None
@@ -203,7 +203,7 @@ class Subscription:
                 self._earlier.append(hand)
             else:
                 hand.settle_all()
-        if len(items) < POKE_ITEMS:
+        if look and not items:
             self._look()
         if not items:
             return False

@@ -67,6 +67,7 @@ class Exchange:
     def _send(self, pending: _Pending) -> None:
         event, now = pending.event, self._context.now
         pending.due_ns = now + pending.wait_ns
+        self._context.wake_by(min(pending.due_ns, pending.event.deadline_ns))
         pending.wait_ns = min(2 * pending.wait_ns, self._context.config.requests.resend_ms_max * MS)
         left_ms = max(1, (event.deadline_ns - now) // MS)
         fields = (event.request, event.method, event.priority, left_ms, event.kind, event.metadata, event.blob)
@@ -96,19 +97,23 @@ class Exchange:
         if key not in self._fetches:
             self._fetch(key, peer, blob, "reply", pending)
 
-    def _fetch(self, key: Key, peer: Peer, blob: bytes, role: str, owner: object) -> None:
+    def _fetch(self, key: Key, peer: Peer, blob: bytes, role: str, owner: object) -> bool:
+        """Begin to fetch an addressed value; False if it cannot be had."""
         try:
             size, checksum = decode_descriptor(blob)
         except WireFormatError:
             self._context.counts[Drop.SHAPE] += 1
-            return
-        if not 0 < size <= self._context.config.inboxes.payload_bytes_max:
+            return False
+        if size > self._context.config.inboxes.payload_bytes_max:
             self._context.counts[Drop.TOO_LARGE] += 1
-            return
+            return False
         self._fetches[key] = (role, owner)
         self._fetching.begin(key, peer.name, size, checksum)
+        return True
 
-    def _complete(self, pending: _Pending, outcome: str, kind: int = 0, blob: bytes = b"", space: int | None = None) -> None:
+    def _complete(
+        self, pending: _Pending, outcome: str, kind: int = 0, blob: bytes = b"", space: int | None = None
+    ) -> None:
         self._pending.pop(pending.event.request, None)
         self._context.emit(CompleteRequest(pending.event.request, outcome, pending.accepted, kind, blob, space))
 
@@ -117,7 +122,12 @@ class Exchange:
     def on_request(self, peer: Peer, fields: list[object]) -> None:
         """Run it once; answer a repeated one from memory, or say that it is under way."""
         request, method, priority, left_ms, kind, metadata, blob = fields
-        assert isinstance(request, int) and isinstance(priority, int) and isinstance(left_ms, int) and isinstance(kind, int)
+        assert (
+            isinstance(request, int)
+            and isinstance(priority, int)
+            and isinstance(left_ms, int)
+            and isinstance(kind, int)
+        )
         known = self._executions.get((peer.name, peer.incarnation, request))
         if known is not None:
             self._answer_again(peer, request, known)
@@ -128,13 +138,23 @@ class Exchange:
         space = _space("request", peer.id, peer.incarnation, self._context.id) if kind & ADDRESSED else None
         deadline_ns = self._context.now + min(left_ms, 2**40) * MS
         execute = ExecuteRequest(
-            peer.name, peer.incarnation, request, str(method), priority, deadline_ns, kind & ~ADDRESSED, metadata, blob, space
+            peer.name,
+            peer.incarnation,
+            request,
+            str(method),
+            priority,
+            deadline_ns,
+            kind & ~ADDRESSED,
+            metadata,
+            blob,
+            space,
         )  # type: ignore[arg-type]  # the shape of the fields was checked when they were decoded
         execution = self._executions[peer.name, peer.incarnation, request] = _Execution(execute)
         if space is None:
             self._context.emit(execute)
         else:
-            self._fetch((space, request), peer, execute.blob, "request", execution)
+            if not self._fetch((space, request), peer, execute.blob, "request", execution):
+                del self._executions[peer.name, peer.incarnation, request]
 
     def _answer_again(self, peer: Peer, request: int, execution: _Execution) -> None:
         self._context.counts["requests_repeated"] += 1

@@ -29,7 +29,9 @@ class StoredBurst:
 
     __slots__ = ("end", "first", "frame", "live", "payloads", "serial", "size")
 
-    def __init__(self, first: int, count: int, frame: bytes, payloads: Mapping[int, Buffer] | None, serial: int) -> None:
+    def __init__(
+        self, first: int, count: int, frame: bytes, payloads: Mapping[int, Buffer] | None, serial: int
+    ) -> None:
         self.first, self.end, self.frame, self.payloads, self.serial = first, first + count, frame, payloads, serial
         self.size = len(frame) + (sum(memoryview(payload).nbytes for payload in payloads.values()) if payloads else 0)
         self.live = count
@@ -135,7 +137,9 @@ class Retention:
         self._oldest: list[tuple[int, int, OutFeed]] = []
         """A heap of feeds by the serial of their first burst at the time of entry; stale entries are met and corrected."""
 
-    def append(self, out: OutFeed, first: int, count: int, frame: bytes, payloads: Mapping[int, Buffer] | None) -> StoredBurst:
+    def append(
+        self, out: OutFeed, first: int, count: int, frame: bytes, payloads: Mapping[int, Buffer] | None
+    ) -> StoredBurst:
         """Retain a burst; it is owed if the feed has readers. Room was reserved before its first record was accepted."""
         assert first == out.end, "offsets are dense"
         self._serial += 1
@@ -147,7 +151,9 @@ class Retention:
             return burst
         if not out.readers:
             out.acknowledged = out.end
-        if out.policy is not Policy.LOSSY or payloads:  # an addressed value waits until it is fetched, whatever the policy
+        if (
+            out.policy is not Policy.LOSSY or payloads
+        ):  # an addressed value waits until it is fetched, whatever the policy
             self._keep(out, burst)
             self.evict()
         return burst

@@ -64,6 +64,7 @@ class Fetching:
         self._token += 1
         first, end = next(fetch.received.missing(0, fetch.size), (0, 0))
         fetch.due_ns = self._context.now + fetch.wait_ns
+        self._context.wake_by(fetch.due_ns)
         fetch.wait_ns = min(2 * fetch.wait_ns, self._context.config.repair.retry_ms_max * MS)
         self._context.send(fetch.peer, Kind.FETCH, *fetch.key, first, end - first, self._token)
 

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
 from fabric.core.events import Deliver, ReportGap
 from fabric.core.ranges import RangeSet
 from fabric.core.wire import ADDRESSED, Burst, Drop
 
 __all__ = ["InboundFeed", "Room"]
+
+
+_STALE_MAX = 64
+"""Ready offsets of records that gave way are swept out once there are so many."""
 
 
 class Room:
@@ -110,7 +114,13 @@ class InboundFeed:
         if burst.end > self.known:
             self.known = burst.end
         # Fast path: the next burst in order, and nothing is held: all of it is deliverable.
-        if burst.first == self.next and not self.have and self.seeds is None and not burst.has_addressed and self._has_hand():
+        if (
+            burst.first == self.next
+            and not self.have
+            and self.seeds is None
+            and not burst.has_addressed
+            and self._has_hand()
+        ):
             self.next = burst.end
             self.room.hand += burst.size
             self._emit(Deliver(self.subscription, self, burst, None, burst.size, (burst.first, burst.end)))
@@ -220,9 +230,18 @@ class InboundFeed:
     def _expect(self, offset: int, previous: int) -> None:
         if self._is_taken(previous) or (self.best_effort and previous not in self.held):
             if offset not in self.awaiting:
+                if len(self._ready) > _STALE_MAX + 2 * len(self.held):
+                    self._compact()
                 heappush(self._ready, offset)
+        elif (other := self._waiting.get(previous, offset)) != offset and other in self.held:
+            self._lose(offset, Drop.UNDECODABLE)  # two records name the same one before them: a lane has one way on
         else:
             self._waiting[previous] = offset
+
+    def _compact(self) -> None:
+        """Forget what gave way: ready offsets and waiting lanes of records that are no longer held."""
+        self._ready = sorted(set(self._ready) & self.held.keys())
+        self._waiting = {previous: offset for previous, offset in self._waiting.items() if offset in self.held}
 
     def payload_arrived(self, offset: int, payload: object) -> None:
         """The addressed value of a held record is complete."""
@@ -239,10 +258,13 @@ class InboundFeed:
     def payload_lost(self, offset: int, reason: str) -> None:
         """The addressed value of a held record cannot be had: it becomes a gap when the floor reaches it."""
         if offset in self.held:
-            self._forget(offset)
-            self.lost.add(offset, offset + 1)
-            self.reasons[offset] = reason
+            self._lose(offset, reason)
             self.advance()
+
+    def _lose(self, offset: int, reason: str) -> None:
+        self._forget(offset)
+        self.lost.add(offset, offset + 1)
+        self.reasons[offset] = reason
 
     # Handing over.
 
@@ -334,9 +356,13 @@ class InboundFeed:
         self.floor = end
         self._move_next(self.taken.end_of(end))
         self.lost.trim(end)
-        keys = range(first, end) if end - first < len(self._waiting) else [key for key in self._waiting if first <= key < end]
+        keys = (
+            range(first, end)
+            if end - first < len(self._waiting)
+            else [key for key in self._waiting if first <= key < end]
+        )
+        self.reasons.pop(first, None)
         for key in keys:
-            self.reasons.pop(key, None)
             self._wake(key)
         return True
 
@@ -347,6 +373,7 @@ class InboundFeed:
             return offset, Drop.GAP
         if offset in self.reasons:
             return offset + 1, self.reasons[offset]
+        limit = min((other for other in self.reasons if offset < other < limit), default=limit)
         reason = Drop.BEST_EFFORT if self.best_effort else self.reasons.get(-1, Drop.GAP)
         if offset < self.first_available:
             return min(limit, self.first_available), reason
@@ -356,7 +383,9 @@ class InboundFeed:
             return limit, Drop.GAP
         return offset, reason
 
-    def learn(self, first_available: int, end: int, lost: Iterator[tuple[int, int]] | list[tuple[int, int]] = ()) -> None:  # type: ignore[assignment]
+    def learn(
+        self, first_available: int, end: int, lost: Iterator[tuple[int, int]] | list[tuple[int, int]] = ()
+    ) -> None:  # type: ignore[assignment]
         """What the publisher says can be had: nothing below `first_available`, nothing that is `lost`, up to `end`."""
         self.first_available = max(self.first_available, first_available)
         self.known = max(self.known, end)
@@ -399,7 +428,7 @@ class InboundFeed:
         assert self.join <= self.floor <= self.next <= max(self.known, self.next)
         assert all(offset >= self.next and offset in self.have for offset in self.held)
         assert sum(self._holders.values()) == len(self.held)
-        assert not self.held.keys() & {offset for first, end in self.taken for offset in range(first, end)}
+        assert not any(offset in self.taken for offset in self.held)
         assert self.awaiting <= self.held.keys()
         assert all(first > self.floor for first, _ in self.settled), "a range at the floor is absorbed"
         ready = set(self._ready)
@@ -407,12 +436,6 @@ class InboundFeed:
             previous = burst.columns[2][offset - burst.first]
             if self._is_taken(previous) and offset not in self.awaiting:
                 assert offset in ready, f"{offset} could be handed over and is forgotten"
-
-    def compact(self) -> None:
-        """Forget what gave way: ready offsets and waiting lanes of records that are no longer held."""
-        self._ready = [offset for offset in self._ready if offset in self.held]
-        heapify(self._ready)
-        self._waiting = {previous: offset for previous, offset in self._waiting.items() if offset in self.held}
 
     def __repr__(self) -> str:
         return (

@@ -37,7 +37,9 @@ class FabricCore:
         self.fetching = Fetching(self.context)
         self.publishing = Publishing(self.context, self.members)
         self.subscribing = Subscribing(self.context, self.members, self.fetching)
+        self.following = self.subscribing.following
         self.exchange = Exchange(self.context, self.members, self.fetching)
+        self.members.in_use = self.subscribing.knows
         self._handlers: dict[type, Callable[[Any], None]] = {
             events.BurstClosed: self.publishing.close_burst,
             events.DataReceived: self._on_data,
@@ -96,6 +98,9 @@ class FabricCore:
 
     def next_deadline_ns(self) -> int:
         """When `TimePassed` is due at the latest."""
+        return self.context.due_ns
+
+    def _earliest(self) -> int:
         dues = [
             self.members.next_deadline_ns(),
             self.publishing.next_deadline_ns(),
@@ -115,6 +120,7 @@ class FabricCore:
         self.subscribing.tick()
         self.fetching.tick()
         self.exchange.tick()
+        self.context.due_ns = self._earliest()
 
     # Frames.
 
@@ -122,9 +128,9 @@ class FabricCore:
         try:
             burst, nonces = decode_data(event.frame)
             if nonces is None:
-                self.subscribing.on_burst(burst)
+                self.following.on_burst(burst)
             else:
-                self.subscribing.on_marker(burst.feed, burst.incarnation, burst.first, nonces)
+                self.following.on_marker(burst.feed, burst.incarnation, burst.first, nonces)
         except WireFormatError as error:
             self._count(error.fields["reason"])
 
@@ -162,7 +168,7 @@ class FabricCore:
         elif message.kind is Kind.REPAIR and chunk is not None:
             burst, nonces = decode_data(bytes(chunk))
             if nonces is None:
-                self.subscribing.on_repair(peer, *fields, burst)
+                self.following.on_repair(peer, *fields, burst)
         elif message.kind is Kind.AVAILABLE:
             self.subscribing.on_available(peer, *fields)
         elif message.kind is Kind.MISSING:
@@ -188,13 +194,20 @@ class FabricCore:
 
     def _hello(self, peer: Peer) -> None:
         context = self.context
-        context.send(peer.name, Kind.HELLO, *card_fields(context.card), peer.incarnation, self.subscribing.registrations())
+        context.send(
+            peer.name, Kind.HELLO, *card_fields(context.card), peer.incarnation, self.subscribing.registrations()
+        )
 
     def _on_hello(self, message: Control) -> None:
         card = card_of(message.fields, message.incarnation)
         new = self._meet(card)
         peer = self.members.by_name.get(card.name)
-        if peer is None or peer.incarnation != card.incarnation or peer.id != message.source or card.name == self.context.name:
+        if (
+            peer is None
+            or peer.incarnation != card.incarnation
+            or peer.id != message.source
+            or card.name == self.context.name
+        ):
             return
         self.members.sender_of(message, None)
         if new is not None:
@@ -248,7 +261,9 @@ class FabricCore:
             return
         if self._meet(card) is None and card.name not in self.members.by_name:
             return
-        cards = [(*card_fields(peer.card), peer.incarnation) for peer in self.members.by_name.values() if not peer.is_gone]
+        cards = [
+            (*card_fields(peer.card), peer.incarnation) for peer in self.members.by_name.values() if not peer.is_gone
+        ]
         self.context.send(card.name, Kind.ROSTER, cards)
 
     def _on_roster(self, message: Control) -> None:
@@ -257,7 +272,7 @@ class FabricCore:
 
     def _on_intake_stopped(self, event: events.IntakeStopped) -> None:
         ends = self.publishing.stop()
-        self.subscribing.acknowledge()
+        self.following.acknowledge()
         if event.say_bye:
             for peer in self.members.others():
                 if not peer.is_gone and peer.state != "known":
@@ -309,4 +324,4 @@ class FabricCore:
 
     def __repr__(self) -> str:
         context = self.context
-        return f"FabricCore({context.name}@{context.incarnation}, feeds={len(self.publishing.feeds)}, follows={len(self.subscribing.followed)})"
+        return f"FabricCore({context.name}@{context.incarnation}, feeds={len(self.publishing.feeds)}, follows={len(self.following.feeds)})"

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from typing import Any
 
 from fabric.config import FabricConfig
-from fabric.core.events import Card, ConnectPeer, ProbePeer, ReportFenced, ReportPeer, SendControl
+from fabric.core.events import Card, ConnectPeer, DisconnectPeer, ProbePeer, ReportFenced, ReportPeer, SendControl
 from fabric.core.wire import VERSION, Control, Drop, Kind, encode_control, member_id
 
 __all__ = ["Context", "Members", "Peer", "card_fields", "card_of"]
 
 MS, S = 1_000_000, 1_000_000_000
 HELLO_FIRST_NS, HELLO_MAX_NS = 20 * MS, 1 * S
+
+MEMBERS_MAX = 1024
+"""Members that are remembered, ourselves and the gone included: sixteen times the largest job of this form."""
+NAME_BYTES_MAX = 255
+ZOMBIES_MAX = 16
+"""Connections to older lives of members; the oldest gives way."""
 
 
 class Context:
@@ -21,11 +28,18 @@ class Context:
     def __init__(self, card: Card, config: FabricConfig) -> None:
         self.card, self.config = card, config
         self.name, self.incarnation, self.id = card.name, card.incarnation, member_id(card.name)
-        self.now = self.deadline_ns = 0
+        self.now = 0
+        self.due_ns = 0
+        """When `TimePassed` is due at the latest. Whoever creates a deadline calls `wake_by`; a tick looks at all of them anew."""
         self.commands: list[Any] = []
         self.emit = self.commands.append
         self.counts: Counter[str] = Counter()
         """Events that have a counter and no other trace: drops by reason, demotions, repairs, resends."""
+
+    def wake_by(self, due_ns: int) -> None:
+        """Something is due then."""
+        if due_ns < self.due_ns:
+            self.due_ns = due_ns
 
     def send(self, peer: str, kind: Kind, *fields: object) -> None:
         """Send one message on CONTROL."""
@@ -35,7 +49,19 @@ class Context:
 class Peer:
     """A member that we know of, ourselves included."""
 
-    __slots__ = ("card", "data_heard_ns", "heard_ns", "hello_due_ns", "hello_wait_ns", "id", "name", "probed_ns", "sees_us", "state", "told_ns")
+    __slots__ = (
+        "card",
+        "data_heard_ns",
+        "heard_ns",
+        "hello_due_ns",
+        "hello_wait_ns",
+        "id",
+        "name",
+        "probed_ns",
+        "sees_us",
+        "state",
+        "told_ns",
+    )
 
     def __init__(self, card: Card, now: int) -> None:
         self.card, self.name, self.id = card, card.name, member_id(card.name)
@@ -73,6 +99,9 @@ class Members:
         self.by_name: dict[str, Peer] = {}
         self.by_id: dict[int, Peer] = {}
         self.fenced_by = 0
+        self.in_use: Callable[[str], bool] = lambda name: False
+        """Whether something still refers to a member that is gone."""
+        self._zombies: deque[str] = deque()
         ourselves = Peer(context.card, 0)
         ourselves.state, ourselves.sees_us = "up", True
         self._add(ourselves)
@@ -101,10 +130,26 @@ class Members:
             if card.incarnation < known.incarnation:
                 self._fence(card, known.incarnation)
             return None
+        if known is None and not self._make_room(card.name):
+            context.counts[Drop.NO_ROOM] += 1
+            return None
         peer = Peer(card, context.now)
         self._add(peer)
         context.emit(ConnectPeer(peer.name, card))
+        context.wake_by(context.now)
         return peer
+
+    def _make_room(self, name: str) -> bool:
+        """A flood of names ends here. Of the members that are gone, the one known longest is forgotten for a new one."""
+        if not 0 < len(name.encode()) <= NAME_BYTES_MAX:
+            return False
+        if len(self.by_name) < MEMBERS_MAX:
+            return True
+        for peer in self.by_name.values():
+            if peer.is_gone and not self.in_use(peer.name):
+                del self.by_name[peer.name], self.by_id[peer.id]
+                return True
+        return False
 
     def _meet_ourselves(self, card: Card) -> None:
         if card.incarnation > self._context.incarnation and card.incarnation > self.fenced_by:
@@ -115,7 +160,11 @@ class Members:
         """A live older incarnation is told, over connections of its own: its name leads to the newer one."""
         key = f"{zombie.name}@{zombie.incarnation}"
         self._context.counts["zombies_told"] += 1
-        self._context.emit(ConnectPeer(key, zombie))
+        if key not in self._zombies:
+            self._zombies.append(key)
+            self._context.emit(ConnectPeer(key, zombie))
+        if len(self._zombies) > ZOMBIES_MAX:
+            self._context.emit(DisconnectPeer(self._zombies.popleft()))
         self._context.send(key, Kind.FENCED, newest)
 
     def on_fenced(self, message: Control) -> None:

@@ -66,6 +66,7 @@ class Publishing:
         out.last_data_ns = self._context.now
         if out.readers:
             self._pending[out.feed] = out
+            self._context.wake_by(self._context.now + self._context.config.liveness.idle_marker_ms * MS)
         if out.readers or out.listeners:
             self._context.emit(Broadcast(event.frame))
         self._context.counts["bursts_published"] += 1
@@ -81,7 +82,12 @@ class Publishing:
     def register(self, peer: Peer, fields: list[object]) -> None:
         """A subscription of a peer (S1). Its first registration fixes its join offsets."""
         number, text, start, delivery, from_start, positions = fields
-        assert isinstance(number, int) and isinstance(text, str) and isinstance(start, str) and isinstance(positions, list)
+        assert (
+            isinstance(number, int) and isinstance(text, str) and isinstance(start, str) and isinstance(positions, list)
+        )
+        if peer.is_gone:  # an old HELLO; nobody would ever acknowledge
+            self._context.counts[Drop.STALE] += 1
+            return
         mine = self._registrations.setdefault(peer.name, {})
         registration = mine.get(number)
         if registration is None:
@@ -93,7 +99,9 @@ class Publishing:
             except (TopicError, ValueError):
                 self._context.counts[Drop.SHAPE] += 1
                 return
-            registration = mine[number] = _Registration((peer.name, number), pattern, start, delivery == "best_effort", bool(from_start))
+            registration = mine[number] = _Registration(
+                (peer.name, number), pattern, start, delivery == "best_effort", bool(from_start)
+            )
             stated = {feed: floor for feed, floor in positions}
             for out in self.feeds.values():
                 if pattern.matches(out.topic):
@@ -112,6 +120,7 @@ class Publishing:
         out.readers[registration.reader] = join
         if join < out.end:
             self._pending[out.feed] = out
+            self._context.wake_by(self._context.now + self._context.config.liveness.idle_marker_ms * MS)
 
     def _tell(self, registration: _Registration, feeds: list[OutFeed]) -> None:
         name, number = registration.reader
@@ -204,7 +213,9 @@ class Publishing:
         """Where an older feed of ours ended: nothing is left of it, so its end is not known (P7)."""
         if incarnation < self._context.incarnation:
             out = self.feeds.get(topic)
-            self._context.send(peer.name, Kind.FIN, topic, incarnation, self._context.incarnation, out.feed if out else 0, 0, 0, False)
+            self._context.send(
+                peer.name, Kind.FIN, topic, incarnation, self._context.incarnation, out.feed if out else 0, 0, 0, False
+            )
 
     # Time.
 
@@ -213,7 +224,9 @@ class Publishing:
         liveness, now = self._context.config.liveness, self._context.now
         for out in list(self._pending.values()):
             idle_since = max(out.last_data_ns + liveness.idle_marker_ms * MS, 0)
-            if now >= idle_since and (out.marked_ns < out.last_data_ns or now - out.marked_ns >= liveness.marker_ms * MS):
+            if now >= idle_since and (
+                out.marked_ns < out.last_data_ns or now - out.marked_ns >= liveness.marker_ms * MS
+            ):
                 self._mark(out, [])
         for peer in self._members.others():
             if not peer.is_gone and peer.state != "known":
@@ -250,7 +263,9 @@ class Publishing:
     def readers_elsewhere(self, topic: str) -> dict[Reader, int]:
         """The owed subscriptions of other members on a topic, and what each acknowledged."""
         out = self.feeds.get(topic)
-        return {reader: floor for reader, floor in out.readers.items() if reader[0] != self._context.name} if out else {}
+        return (
+            {reader: floor for reader, floor in out.readers.items() if reader[0] != self._context.name} if out else {}
+        )
 
     def check_invariants(self) -> None:
         """Assert what must hold between feeds, retention and registrations."""

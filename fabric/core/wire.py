@@ -166,11 +166,31 @@ class Burst:
     """Consecutive records of one feed. Columns are unpacked on first use; a burst delivered whole in order needs none of them
     in the core. `payloads` holds fetched values of addressed records, by offset."""
 
-    __slots__ = ("_columns", "count", "end", "feed", "first", "flags", "frame", "incarnation", "payloads", "published_ns", "size")
+    __slots__ = (
+        "_columns",
+        "count",
+        "end",
+        "feed",
+        "first",
+        "flags",
+        "frame",
+        "incarnation",
+        "payloads",
+        "published_ns",
+        "size",
+    )
 
-    def __init__(self, frame: bytes, feed: int, incarnation: int, first: int, count: int, flags: int, published_ns: int) -> None:
+    def __init__(
+        self, frame: bytes, feed: int, incarnation: int, first: int, count: int, flags: int, published_ns: int
+    ) -> None:
         self.frame, self.feed, self.incarnation = frame, feed, incarnation
-        self.first, self.count, self.end, self.flags, self.published_ns = first, count, first + count, flags, published_ns
+        self.first, self.count, self.end, self.flags, self.published_ns = (
+            first,
+            count,
+            first + count,
+            flags,
+            published_ns,
+        )
         self.size = len(frame)
         self._columns: tuple[Any, ...] | None = None
         self.payloads: dict[int, Any] | None = None
@@ -200,7 +220,9 @@ class Burst:
             at += 4 * n
         kinds = frame[at : at + n]
         starts = tuple(accumulate(lengths, initial=at + n))
-        if starts[-1] != len(frame) - _TRAILER.size or (metadata and any(m > x for m, x in zip(metadata, lengths, strict=True))):
+        if starts[-1] != len(frame) - _TRAILER.size or (
+            metadata and any(m > x for m, x in zip(metadata, lengths, strict=True))
+        ):
             raise WireFormatError("lengths do not add up", reason=Drop.SHAPE)
         return seeds, sequences, previous, kinds, starts, metadata
 
@@ -209,7 +231,12 @@ class Burst:
         seeds, sequences, previous, kinds, _, _ = self.columns
         if bool(max(kinds) & ADDRESSED) != self.has_addressed:
             raise WireFormatError("the flag of addressed records lies", reason=Drop.SHAPE)
-        if min(seeds) < 0 or min(sequences) < 0 or min(previous) < NONE or not all(map(lt, previous, range(self.first, self.end))):
+        if (
+            min(seeds) < 0
+            or min(sequences) < 0
+            or min(previous) < NONE
+            or not all(map(lt, previous, range(self.first, self.end)))
+        ):
             raise WireFormatError("a lane that does not point backwards", reason=Drop.SHAPE)
 
     def body(self, index: int) -> bytes:
@@ -265,7 +292,9 @@ def encode_marker(feed: int, incarnation: int, end: int, published_ns: int, nonc
 def decode_data(frame: bytes) -> tuple[Burst, None] | tuple[Burst, tuple[int, ...]]:
     """A burst and None, or, for a marker, an empty burst whose `first` is the feed's end and the nonces that it echoes."""
     try:
-        feed, magic, version, kind, flags, codec, incarnation, first, count, schema, published_ns = _DATA.unpack_from(frame)
+        feed, magic, version, kind, flags, codec, incarnation, first, count, schema, published_ns = _DATA.unpack_from(
+            frame
+        )
     except StructError:
         raise WireFormatError(f"{len(frame)} bytes", reason=Drop.TRUNCATED) from None
     _check_head(frame, magic, version)
@@ -304,6 +333,8 @@ def decode_descriptor(body: bytes) -> tuple[int, int]:
     if len(body) != _DESCRIPTOR.size:
         raise WireFormatError(f"a descriptor of {len(body)} bytes", reason=Drop.SHAPE)
     size, checksum = _DESCRIPTOR.unpack(body)
+    if not size:
+        raise WireFormatError("a descriptor of nothing", reason=Drop.SHAPE)
     return size, checksum
 
 

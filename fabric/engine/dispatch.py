@@ -109,7 +109,7 @@ class Dispatcher:
             due_ns = self.due_ns()
             wait_s = 3600.0 if due_ns is None else max(0.0, (due_ns - engine.clock()) / S)
             try:
-                engine.until(lambda: self._closing or self.has_work(), wait_s)
+                engine.until(lambda: self._closing or self.has_work(), wait_s, patient=True)
             except FabricError:
                 return
             while not self._closing and self.run_one():
@@ -143,7 +143,7 @@ class Dispatcher:
 
     def run_one(self) -> bool:
         """Run one handler for one message or request; False if there is nothing to run, or another thread is at it."""
-        if not self._running.acquire(blocking=False):
+        if self._closing or not self._running.acquire(blocking=False):
             return False
         try:
             if self._requests:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,12 +76,21 @@ class Hand:
         self._first = item.covers[0] if item.covers else None
         self._next = 0
         self.handled = 0
-        self.dropped: Counter[str] = Counter()
+        self.dropped: dict[str, int] | None = None
+        """Rows that were not handled, by reason, since the core was last told."""
+
+    def drop(self, reason: str) -> None:
+        """Count a row that the application does not get."""
+        self.dropped = self.dropped or {}
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def _count_dropped(self) -> int:
+        return sum(self.dropped.values()) if self.dropped else 0
 
     def settle_all(self) -> None:
         """All rows that are not settled yet were handled, but for those counted in `dropped`. The fast way out."""
         item, covers = self.item, self.item.covers
-        self.handled += self._left - self.dropped.total()
+        self.handled += self._left - self._count_dropped()
         if covers:
             first = covers[0] if self._first is None else self._first
             self._tell(first, covers[1], item.size)
@@ -98,7 +107,7 @@ class Hand:
             self._next, self._left = len(self.rows), 0
             return
         item, done = self.item, position - self._next
-        self.handled += done - self.dropped.total()
+        self.handled += done - self._count_dropped()
         if item.covers:
             end = item.burst.first + self.rows[position - 1] + 1
             self._tell(item.covers[0] if self._first is None else self._first, end, 0)
@@ -120,14 +129,13 @@ class Hand:
         if reason is None:
             self.handled += 1
         else:
-            self.dropped[reason] += 1
+            self.drop(reason)
         self._tell(first, end, item.size if not self._left else 0)
 
     def _tell(self, first: int, end: int, size: int) -> None:
-        dropped = dict(self.dropped) or None
-        self._submit(events.MessagesSettled(self.item.feed, first, end, self.handled, size, dropped))
+        self._submit(events.MessagesSettled(self.item.feed, first, end, self.handled, size, self.dropped))
         self.handled = 0
-        self.dropped.clear()
+        self.dropped = None
 
 
 def _runs(offsets: list[int]) -> list[tuple[int, int]]:

@@ -40,8 +40,8 @@ RECEIVED_AT_ONCE = 16
 class Waits(Protocol):
     """How a thread waits: asleep on descriptors, or, in a simulated world, by letting the world go on."""
 
-    def until(self, engine: Engine, is_over: Callable[[], bool], deadline_ns: int) -> None:
-        """Drive and wait until `is_over()` or the deadline."""
+    def until(self, engine: Engine, is_over: Callable[[], bool], deadline_ns: int, *, patient: bool = False) -> None:
+        """Drive and wait until `is_over()` or the deadline; a patient waiter leaves driving to others where that is kinder."""
 
     def submitted(self, engine: Engine) -> None:
         """Something was submitted or became due earlier: somebody has to see to it."""
@@ -68,7 +68,9 @@ class _Assembly:
 class Engine:
     """One per member; owns its transport. `waits` decides who sleeps how."""
 
-    def __init__(self, card: Card, config: FabricConfig, transport: Transport, clock: Callable[[], int], waits: Waits) -> None:
+    def __init__(
+        self, card: Card, config: FabricConfig, transport: Transport, clock: Callable[[], int], waits: Waits
+    ) -> None:
         self.core = FabricCore(card, config)
         self.card, self.config, self.transport, self.clock, self.waits = card, config, transport, clock, waits
         self.lock = threading.Lock()
@@ -92,9 +94,9 @@ class Engine:
         self.closed = False
         self.forked_in = 0
         self.fenced_by = 0
-        self.due_ns = 0
-        self.checked = False
-        """Whether the core's invariants are asserted after every event; the simulation sets it."""
+        self.due_ns = self.turned_ns = 0
+        self.watch: Callable[[object, list[Any]], None] | None = None
+        """Told of every event once its commands are executed; a simulated world looks and judges here."""
         self._submitted: deque[Any] = deque()
         self._looped: deque[Any] = deque()
         self._assemblies: dict[tuple[int, int], _Assembly] = {}
@@ -191,12 +193,12 @@ class Engine:
             if left <= 0 or clock() - began > limits.turn_us_max * US:
                 more = True
                 break
-        now = clock()
-        if now >= self.core.context.deadline_ns:
+        now = self.turned_ns = clock()
+        if now >= self.core.next_deadline_ns():
             self._handle(events.TimePassed(), now)
         handled += self._drain()
         self._flush_bulk()
-        self._set_due(now)
+        self._set_due()
         if handled:
             self.on_progress()
         return more or bool(self._looped)
@@ -223,8 +225,8 @@ class Engine:
         if self._submitted:
             self.push()
 
-    def _set_due(self, now: int) -> None:
-        due_ns = self.core.context.deadline_ns = self.core.next_deadline_ns()
+    def _set_due(self) -> None:
+        due_ns = self.core.next_deadline_ns()
         self.due_ns = min(due_ns, *self.open.values()) if self.open else due_ns
 
     def _drain(self) -> int:
@@ -237,15 +239,16 @@ class Engine:
                 self.budget.give(event.room)
             handled += 1
         if handled:
-            self._set_due(self.core.context.now)
+            self._set_due()
         return handled
 
     def _handle(self, event: object, now: int) -> None:
         execute = self._execute
-        for command in self.core.handle(event, now):
+        commands = self.core.handle(event, now)
+        for command in commands:
             execute[type(command)](command)
-        if self.checked:
-            self.core.check_invariants()
+        if self.watch is not None:
+            self.watch(event, commands)
 
     def _receive(self, inbound: Any) -> None:  # noqa: ANN401 - transports.Inbound
         frames, link, now = inbound.frames, inbound.link, self.clock()
@@ -273,13 +276,16 @@ class Engine:
         if self.closed:
             raise ClosedError(what="the fabric")
 
-    def until(self, is_over: Callable[[], bool], timeout_s: float) -> bool:
+    def until(self, is_over: Callable[[], bool], timeout_s: float, *, patient: bool = False) -> bool:
         """Drive and wait until `is_over()`; False if it did not come within the time."""
         self.require_open()
         if is_over():
             return True
         self.flush()
-        self.waits.until(self, lambda: self.broken is not None or self.closed or is_over(), self.clock() + int(timeout_s * 1e9))
+        deadline_ns = self.clock() + int(timeout_s * 1e9)
+        self.waits.until(
+            self, lambda: self.broken is not None or self.closed or is_over(), deadline_ns, patient=patient
+        )
         if is_over():
             return True
         self.require_open()
@@ -421,7 +427,7 @@ class Engine:
 
     def _is_requested(self, key: tuple[int, int]) -> bool:
         """Whether this is the value of a request or reply: those are handed over by key, those of records with their burst."""
-        return key[0] not in self.core.subscribing.followed
+        return key[0] not in self.core.following.feeds
 
     def _drop_payload(self, command: events.DropPayload) -> None:
         assembly = self._assemblies.pop((command.space, command.number), None)

@@ -70,14 +70,28 @@ class _Closed:
     def __init__(self, outbox: Outbox) -> None:
         self.first, self.bodies, self.kinds = outbox.first, outbox.bodies, outbox.kinds
         self.columns = (outbox.seeds, outbox.sequences, outbox.previous)
-        self.metadata, self.payloads, self.room, self.waiting = outbox.metadata, outbox.payloads, outbox.room, outbox.waiting
+        self.metadata, self.payloads, self.room, self.waiting = (
+            outbox.metadata,
+            outbox.payloads,
+            outbox.room,
+            outbox.waiting,
+        )
 
 
 class Outbox:
     """One topic of one member, as its publishing threads see it."""
 
-    def __init__(self, engine: Engine, budget: Budget, topic: str, policy: Policy, when_full: WhenFull, feed: int) -> None:
-        self.engine, self.budget, self.topic, self.policy, self.when_full, self.feed = engine, budget, topic, policy, when_full, feed
+    def __init__(
+        self, engine: Engine, budget: Budget, topic: str, policy: Policy, when_full: WhenFull, feed: int
+    ) -> None:
+        self.engine, self.budget, self.topic, self.policy, self.when_full, self.feed = (
+            engine,
+            budget,
+            topic,
+            policy,
+            when_full,
+            feed,
+        )
         self.lock = threading.Lock()
         self.closed = False
         self.next = 0
@@ -234,7 +248,9 @@ class Outbox:
         self._leave()
 
     def _leave(self) -> None:
-        while self._leaving and all(self._is_done(closed, entry) for closed in (self._leaving[0],) for entry in closed.waiting):
+        while self._leaving and all(
+            self._is_done(closed, entry) for closed in (self._leaving[0],) for entry in closed.waiting
+        ):
             self.engine.submit_later(self._encode(self._leaving.popleft()))
 
     def _is_done(self, closed: _Closed, entry: tuple[int, Pending]) -> bool:
@@ -257,7 +273,14 @@ class Outbox:
         seeds = tuple(closed.columns[0]) if self.policy is Policy.LATEST else ()
         incarnation = self.engine.card.incarnation
         frame = encode_burst(
-            self.feed, incarnation, closed.first, self.engine.wall_ns(), *closed.columns, closed.kinds, closed.bodies, metadata
+            self.feed,
+            incarnation,
+            closed.first,
+            self.engine.wall_ns(),
+            *closed.columns,
+            closed.kinds,
+            closed.bodies,
+            metadata,
         )
         return BurstClosed(self.topic, closed.first, len(closed.bodies), frame, payloads or None, seeds, closed.room)
 
@@ -313,7 +336,9 @@ class Outbox:
         engine.counts["publish_waited"] += 1
         if not engine.until(lambda: self._has_room(room), timeout_s):
             limit = engine.config.retention.owed_bytes_max
-            raise QueueFullError(queue=f"the retention of {self.topic}", limit=limit, used=self.budget.used, waited_s=timeout_s)
+            raise QueueFullError(
+                queue=f"the retention of {self.topic}", limit=limit, used=self.budget.used, waited_s=timeout_s
+            )
 
     def _has_room(self, room: int) -> bool:
         used = self.budget.used
@@ -331,5 +356,3 @@ def pack_metadata(metadata: Mapping[str, object]) -> bytes:
     if len(packed) > METADATA_BYTES_MAX:
         raise PayloadTooLargeError(size=len(packed), limit=METADATA_BYTES_MAX)
     return packed
-
-

@@ -101,7 +101,10 @@ def install_sigterm() -> Callable[[], None]:
 
     Returns what restores the default.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
         return lambda: None
 
     def terminate(number: int, frame: FrameType | None) -> None:
@@ -114,5 +117,3 @@ def install_sigterm() -> Callable[[], None]:
 
     signal.signal(signal.SIGTERM, terminate)
     return restore
-
-

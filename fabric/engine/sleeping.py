@@ -20,6 +20,10 @@ __all__ = ["ThreadedWaits"]
 MS = 1_000_000
 PARKED_LOOK_NS = 50 * MS
 """While others wait, and so drive, the background thread only looks whether they still do."""
+RELIEF_NS = 20 * MS
+"""A training thread that drove within this time needs no help; four times the pause, and less than a marker's period."""
+PATIENCE_NS = 1000 * MS
+"""A patient waiter looks by itself this often."""
 
 
 class _Sleeper:
@@ -87,6 +91,7 @@ class ThreadedWaits:
         self._lock = threading.Lock()
         self._idle: list[_Sleeper] = []
         self._waiting: list[_Sleeper] = []
+        self._patient: dict[_Nap, Callable[[], bool]] = {}
         self._left_ns = 0
         self._nap = _Nap()
         self._background: _Sleeper | None = None
@@ -104,11 +109,15 @@ class ThreadedWaits:
 
     # Waiting threads.
 
-    def until(self, engine: Engine, is_over: Callable[[], bool], deadline_ns: int) -> None:
-        """Drive and sleep in turn until it is over."""
+    def until(self, engine: Engine, is_over: Callable[[], bool], deadline_ns: int, *, patient: bool = False) -> None:
+        """Drive and sleep in turn until it is over. A `patient` waiter leaves driving to a training thread, while there is one."""
+        while patient and self.training and not is_over() and engine.clock() < deadline_ns:
+            self._sit_out(engine, is_over, deadline_ns)
         sleeper = self._enter(engine, is_over)
         try:
             while not is_over():
+                if patient and self.training:
+                    return
                 more = engine.turn()
                 now = engine.clock()
                 if is_over() or now >= deadline_ns:
@@ -117,6 +126,18 @@ class ThreadedWaits:
                     sleeper.sleep(now, min(deadline_ns, engine.due_ns))
         finally:
             self._leave(engine, sleeper)
+
+    def _sit_out(self, engine: Engine, is_over: Callable[[], bool], deadline_ns: int) -> None:
+        """Sleep until whoever drives sees that it is over; the sockets are not our business."""
+        nap = _Nap()
+        with self._lock:
+            self._patient[nap] = is_over
+        try:
+            if not is_over():
+                nap.sleep(min(deadline_ns - engine.clock(), PATIENCE_NS))
+        finally:
+            with self._lock:
+                del self._patient[nap]
 
     def _enter(self, engine: Engine, is_over: Callable[[], bool]) -> _Sleeper:
         with self._lock:
@@ -140,11 +161,16 @@ class ThreadedWaits:
 
     def _progress(self) -> None:
         for sleeper in list(self._waiting):
-            if sleeper.until_ns and (sleeper.is_over()):
+            if sleeper.until_ns and sleeper.is_over():
                 sleeper.signal()
+        for nap, is_over in list(self._patient.items()):
+            if is_over():
+                nap.signal()
 
     def submitted(self, engine: Engine) -> None:
-        """What is due moved: wake who would sleep past it."""
+        """What is due moved: wake who would sleep past it. A training thread comes by itself, with its next step."""
+        if self.training:
+            return
         sleepers = [*self._waiting, self._background] if self._background is not None else self._waiting
         for sleeper in sleepers:
             if sleeper is not None and sleeper.until_ns > engine.due_ns:
@@ -164,10 +190,18 @@ class ThreadedWaits:
                 self._nap.sleep(PARKED_LOOK_NS // 10)
             elif now < resume_ns:
                 self._nap.sleep(resume_ns - now)
+            elif self.training:
+                self._relieve(engine, now)
             elif not engine.turn():
-                if self.training:
-                    self._nap.sleep(int(work.training_pause_ms * MS))
                 sleeper.sleep(engine.clock(), engine.due_ns)
+
+    def _relieve(self, engine: Engine, now: int) -> None:
+        """In a process that trains: drive only if the training thread has not for a while, and then at most once in a pause."""
+        wait_ns = engine.turned_ns + RELIEF_NS - now
+        if wait_ns <= 0:
+            engine.turn()
+            wait_ns = int(engine.config.work.training_pause_ms * MS)
+        self._nap.sleep(wait_ns)
 
     def close(self) -> None:
         """End the background thread and wake everybody."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import deque
@@ -129,7 +130,7 @@ class BufferPool:
 
     def _freeze(self, room: Room, size: int) -> memoryview:
         # An owner that is a slice of `room` would not do: numpy lets views of it refer to `room` itself.
-        owner: Room = np.frombuffer(cast("Buffer", memoryview(cast("Buffer", room))), np.uint8)
+        owner: Room = np.frombuffer(memoryview(cast("Buffer", room)), np.uint8)
         owner.flags.writeable = False
         reference = _OwnerReference(owner, self._returned.append)
         reference.room = room
@@ -141,7 +142,18 @@ class BufferPool:
 def _aligned_room(allocate: Callable[[int], Room], capacity: int) -> Room:
     raw = allocate(capacity + ALIGNMENT - 1)
     start = -raw.__array_interface__["data"][0] % ALIGNMENT
-    return raw[start : start + capacity]
+    # Not a slice of `raw`: numpy would let views of it refer to `raw`, and `_is_watched` could not see them.
+    room: Room = np.frombuffer(memoryview(cast("Buffer", raw))[start : start + capacity], np.uint8)
+    return room
+
+
+def _is_watched(room: Room) -> bool:
+    """Whether anything but the caller's one variable refers to the memory; memoryviews and arrays over it do."""
+    return sys.getrefcount(room) > _REFERENCES_ALONE
+
+
+_REFERENCES_ALONE: Final = 3
+"""The caller's variable, our parameter, and that of `getrefcount`."""
 
 
 class PooledBuffer:
@@ -168,6 +180,9 @@ class PooledBuffer:
             self.view.release()
         except BufferError:
             self._pool._abandon(room)
+            return
+        if _is_watched(room):
+            self._pool._abandon(room)
         else:
             self._pool._released(room)
 
@@ -183,4 +198,7 @@ class PooledBuffer:
             room, self._room = self._room, None
         if room is None:
             raise ValueError("the buffer is released")
+        if _is_watched(room):
+            self._room, self.view = room, memoryview(cast("Buffer", room))[:size]
+            raise BufferError("somebody may still write to the buffer")
         return self._pool._freeze(room, size)

@@ -12,6 +12,7 @@ queue is `fabric.payloads.tensors.CudaQueue`; `fabric.testing.devices.FakeDevice
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -80,7 +81,11 @@ class CopiesPending:
 
     def wait(self, *, timeout_s: float = WAIT_TIMEOUT_S) -> None:
         """Wait until all are done. Raises `StagingError`, or `WaitTimeoutError` after `timeout_s` seconds."""
-        wait_until(self.poll, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        for one in tuple(self._pending):
+            with contextlib.suppress(StagingError):  # `poll` raises it when the others are done
+                one.wait(timeout_s=max(0.0, deadline - time.monotonic()))
+        self.poll()
 
 
 class Failed:

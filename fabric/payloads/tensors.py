@@ -156,6 +156,7 @@ def _identity(tensor: torch.Tensor) -> object:
     """Equal for tensors that are one and the same: memory, type, shape, strides, and the lazy bits."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.device.type == "meta":
         return id(tensor)
+    address: object
     try:
         address = tensor.data_ptr()
     except RuntimeError:  # a view of ours, which hands out no address

@@ -48,8 +48,11 @@ def meet():
 if not first:
     total = group()
 place, cards = meet()
-if len(sys.argv) > 2 and identity.restart_count == 0 and identity.rank == 1:
-    os._exit(3)
+if len(sys.argv) > 2 and identity.restart_count == 0:
+    if identity.rank == 1:
+        os._exit(3)
+    while True:  # until torchrun ends us; blocked inside torch we would not see its signal if a handler is installed
+        time.sleep(1)
 if first:
     total = group()
 assert total == identity.world_size

@@ -20,6 +20,7 @@ FLOORS = (
     {"fabric.engine"},
     {"fabric.subscription", "fabric.publisher"},
     {"fabric.client"},
+    {"fabric.joining"},
     {"fabric.aio"},
     {"fabric.services", "fabric.testing"},
     {"fabric.cli"},

@@ -119,9 +119,6 @@ class Reader:
         begin = lost % (self.end + 1)
         self.inbound.learn(first // 2, self.end, [(begin, begin + 1)])
 
-    def compact(self, _: int, __: int = 0) -> None:
-        self.inbound.compact()
-
     # Judging.
 
     @staticmethod
@@ -198,7 +195,7 @@ def cut_out(burst: Burst, begin: int, end: int) -> Burst:
 BURSTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=8)
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["receive", "receive", "receive_part", "settle", "settle", "arrive", "compact"]),
+        st.sampled_from(["receive", "receive", "receive_part", "settle", "settle", "arrive"]),
         st.integers(0, 31),
         st.integers(0, 31),
     ),

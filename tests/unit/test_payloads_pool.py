@@ -112,6 +112,15 @@ def test_a_frozen_buffer_outlives_every_decoded_view(kind: str) -> None:
     assert pool.statistics().reused == 1
 
 
+def test_no_kind_of_view_lets_numpy_look_through_the_owner() -> None:
+    pool = BufferPool(MIB)
+    view: Any = np.ndarray((10,), np.uint8, pool.take(1000).freeze())[2:]
+    gc.collect()
+    assert pool.statistics().bytes_in_use == 1024
+    del view
+    assert pool.statistics().bytes_in_use == 0
+
+
 def test_a_buffer_cannot_be_frozen_while_somebody_may_write() -> None:
     buffer = BufferPool(MIB).take(100)
     writer = np.frombuffer(buffer.view, np.uint8)

@@ -198,6 +198,11 @@ def test_nested_false_lengths_allocate_little() -> None:
     refused(TREE, struct.pack("<II", len(bomb), 0) + bomb, "not msgpack")
 
 
+def test_a_chunk_has_at_most_4096_tokens() -> None:
+    payloads.decode(TREE, memoryview(tree_blob([[0, 4095]] + [1] * 4095)))
+    refused(TREE, tree_blob([[0, 4096]] + [1] * 4096), "4097 exceeds max_array_len")
+
+
 def test_too_many_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(payloads.schema, "TOKENS_MAX", 3)
     refused(TREE, tree_blob([[0, 3], 1, 2, 3]), "4 tokens, the most is 3")

@@ -189,5 +189,5 @@ def test_a_wait_is_bounded() -> None:
 
 def test_what_no_device_should_hold_is_refused_on_the_fake_too() -> None:
     FakeDeviceQueue()
-    with pytest.raises(UnsupportedValueError, match="to_dense|layout"):
+    with pytest.raises(UnsupportedValueError, match=r"to_dense|layout"):
         payloads.plan(OnFakeDevice(torch.eye(2).to_sparse()), limit=LIMIT)

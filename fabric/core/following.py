@@ -1,0 +1,343 @@
+"""Following feeds: receiving what is pushed, pulling what was missed, acknowledging what is settled (RULES S2 to S5, S8).
+
+A *followed feed* is a feed of some member that one or more of our subscriptions want: its data comes once, each subscription has
+an `InboundFeed` of its own, and what any of them misses is pulled once.
+"""
+
+from __future__ import annotations
+
+from fabric.core.events import Buffer, FollowFeed, UnfollowFeed
+from fabric.core.fetching import Fetching
+from fabric.core.lanes import InboundFeed
+from fabric.core.members import MS, Context, Peer
+from fabric.core.ranges import RangeSet
+from fabric.core.wire import Burst, Drop, Kind, decode_descriptor, feed_id
+from fabric.errors import WireFormatError
+
+__all__ = ["FollowedFeed", "Following"]
+
+PULL_RANGES_MAX = 64
+"""Ranges in one pull (reliability notes, section 4.7)."""
+ACKNOWLEDGEMENTS_PER_FRAME = 4000
+JOIN_FIRST_NS, JOIN_MAX_NS = 20 * MS, 1000 * MS
+
+
+class FollowedFeed:
+    """A feed of some member as it reaches us."""
+
+    __slots__ = (
+        "asked_end",
+        "asked_first",
+        "far",
+        "feed",
+        "inbounds",
+        "incarnation",
+        "join_due_ns",
+        "join_wait_ns",
+        "known",
+        "live",
+        "nonce",
+        "peer",
+        "pull_due_ns",
+        "pull_wait_ns",
+        "pushed",
+        "token",
+        "topic",
+    )
+
+    def __init__(self, feed: int, peer: Peer, topic: str, known: int, first_wait_ns: int) -> None:
+        self.feed, self.peer, self.topic, self.incarnation, self.known = feed, peer, topic, peer.incarnation, known
+        self.inbounds: list[InboundFeed] = []
+        self.pushed = 0
+        """What came over the push link, or was marked there, ends here: what is absent below it is lost."""
+        self.live = self.far = False
+        self.nonce = self.token = self.join_due_ns = self.pull_due_ns = self.asked_end = self.asked_first = 0
+        self.join_wait_ns, self.pull_wait_ns = JOIN_FIRST_NS, first_wait_ns
+
+
+class Following:
+    """All feeds that reach this member. Methods that may end a feed return it, for its subscriptions to look."""
+
+    def __init__(self, context: Context, fetching: Fetching) -> None:
+        self._context, self._fetching = context, fetching
+        self.feeds: dict[int, FollowedFeed] = {}
+        self._dirty: dict[tuple[int, int], tuple[Peer, InboundFeed]] = {}
+        self._dirty_bytes = self._acknowledge_due_ns = self._nonce = 0
+        self._restless: dict[int, FollowedFeed] = {}
+        """Feeds that wait for a marker or for the answer to a pull; only these need the clock."""
+
+    def follow(self, feed: int, peer: Peer, inbound: InboundFeed, end: int) -> None:
+        """One more subscription wants this feed, which has `end` records by now."""
+        followed = self.feeds.get(feed)
+        if followed is None:
+            first_wait_ns = self._context.config.repair.retry_ms_first * MS
+            followed = self.feeds[feed] = FollowedFeed(feed, peer, inbound.topic, end, first_wait_ns)
+            self._context.emit(FollowFeed(feed))
+            self._join(followed)
+        followed.inbounds.append(inbound)
+        followed.known = max(followed.known, end)
+        self.acknowledge_soon(followed, inbound)
+
+    def unfollow(self, inbound: InboundFeed) -> None:
+        """A subscription is done with a feed."""
+        followed = self.find(inbound)
+        if followed is None:
+            return
+        followed.inbounds.remove(inbound)
+        if not followed.inbounds:
+            del self.feeds[followed.feed]
+            self._restless.pop(followed.feed, None)
+            for offset in inbound.awaiting:
+                self._fetching.end((followed.feed, offset))
+            self._context.emit(UnfollowFeed(followed.feed))
+
+    def find(self, inbound: InboundFeed) -> FollowedFeed | None:
+        """The feed behind what a subscription knows of it."""
+        followed = self.feeds.get(feed_id(inbound.source, inbound.incarnation, inbound.topic))
+        return followed if followed is not None and inbound in followed.inbounds else None
+
+    def settled(self, inbound: InboundFeed, size: int) -> None:
+        """A subscription settled something, and `size` bytes of its room are free again."""
+        followed = self.find(inbound)
+        if followed is None:
+            return
+        self._dirty_bytes += size
+        self.acknowledge_soon(followed, inbound)
+        if self._dirty_bytes >= self._context.config.liveness.acknowledge_bytes:
+            self.acknowledge()
+        if followed.far or not followed.live:
+            self._pull(followed)
+
+    # Receiving.
+
+    def on_burst(self, burst: Burst) -> None:
+        """A burst over the push link."""
+        followed = self.feeds.get(burst.feed)
+        if followed is None or burst.incarnation != followed.incarnation:
+            self._context.counts[Drop.STRANGER] += 1
+            return
+        followed.peer.data_heard_ns = followed.peer.heard_ns = self._context.now
+        followed.pushed = max(followed.pushed, burst.end)
+        followed.known = max(followed.known, burst.end)
+        self._receive(followed, burst)
+        if followed.inbounds and any(inbound.have for inbound in followed.inbounds):
+            self._pull(followed)
+
+    def _receive(self, followed: FollowedFeed, burst: Burst) -> None:
+        burst.check()
+        for inbound in followed.inbounds:
+            for offset in inbound.receive(burst):
+                self._fetch(followed, inbound, burst, offset)
+            if inbound.turned_away:
+                inbound.turned_away = False
+                self._leave_push(followed)
+
+    def _fetch(self, followed: FollowedFeed, inbound: InboundFeed, burst: Burst, offset: int) -> None:
+        try:
+            size, checksum = decode_descriptor(burst.body(offset - burst.first))
+        except WireFormatError:  # an empty value is none either: it would never be complete
+            inbound.payload_lost(offset, Drop.UNDECODABLE)
+            return
+        if size > self._context.config.inboxes.payload_bytes_max:
+            inbound.payload_lost(offset, Drop.TOO_LARGE)
+            return
+        self._fetching.begin((followed.feed, offset), followed.peer.name, size, checksum)
+
+    def on_payload(self, feed: int, offset: int, payload: Buffer | None, reason: str) -> FollowedFeed | None:
+        """An addressed value is here, or will not come."""
+        followed = self.feeds.get(feed)
+        for inbound in followed.inbounds if followed else ():
+            if payload is not None:
+                inbound.payload_arrived(offset, payload)
+            else:
+                inbound.payload_lost(offset, reason)
+        return followed
+
+    def on_marker(self, feed: int, incarnation: int, end: int, nonces: tuple[int, ...]) -> None:
+        """What is below a marker and absent is lost: repair at once."""
+        followed = self.feeds.get(feed)
+        if followed is None or incarnation != followed.incarnation:
+            return
+        followed.peer.data_heard_ns = followed.peer.heard_ns = self._context.now
+        followed.pushed = max(followed.pushed, end)
+        self._learn_end(followed, end)
+        if followed.nonce in nonces and not followed.far:
+            followed.live = True
+        self._pull(followed)
+        self._note(followed)
+
+    def on_listed(self, feed: int, end: int) -> bool:
+        """A heartbeat lists a feed that we have not acknowledged to its end; False if we do not follow it."""
+        followed = self.feeds.get(feed)
+        if followed is not None:
+            self._learn_end(followed, end)
+            self._pull(followed)
+        return followed is not None
+
+    def _learn_end(self, followed: FollowedFeed, end: int) -> None:
+        """We are listed, so our position was not heard: it is told again."""
+        followed.known = max(followed.known, end)
+        for inbound in followed.inbounds:
+            inbound.learn(inbound.first_available, followed.known)
+            self.acknowledge_soon(followed, inbound)
+
+    # Pulling.
+
+    def on_repair(self, peer: Peer, feed: int, token: int, burst: Burst) -> None:
+        """A burst that we asked for."""
+        followed = self.feeds.get(feed)
+        if (
+            followed is None
+            or burst.feed != feed
+            or followed.peer is not peer
+            or burst.incarnation != followed.incarnation
+        ):
+            self._context.counts[Drop.STRANGER] += 1
+            return
+        self._context.counts["bytes_repaired"] += burst.size
+        followed.known = max(followed.known, burst.end)
+        if token == followed.token:
+            followed.pull_due_ns = self._context.now + followed.pull_wait_ns
+        self._receive(followed, burst)
+
+    def on_available(
+        self, peer: Peer, feed: int, token: int, first: int, end: int, lost: list[tuple[int, int]]
+    ) -> FollowedFeed | None:
+        """The pull is answered: this is what can be had, and what is lost in between."""
+        followed = self.feeds.get(feed)
+        if followed is None or followed.peer is not peer or first > end or end >= 2**63:
+            return None
+        followed.known = max(followed.known, end)
+        for inbound in followed.inbounds:
+            inbound.learn(first, end, lost)
+        if token == followed.token:
+            self._continue(followed)
+        return followed
+
+    def _continue(self, followed: FollowedFeed) -> None:
+        """A pull was answered: ask for more, or listen again."""
+        left = [
+            ranges[0][0] for inbound in followed.inbounds if (ranges := inbound.missing(followed.asked_end, most=1))
+        ]
+        if min(left, default=None) == followed.asked_first:
+            return  # nothing came that had room: an immediate pull would have the same answer, without end
+        followed.pull_due_ns = 0
+        followed.pull_wait_ns = self._context.config.repair.retry_ms_first * MS
+        if not left:
+            self._come_back(followed)
+        self._pull(followed)
+        self._note(followed)
+
+    def _target(self, followed: FollowedFeed) -> int:
+        """Below this offset, what is absent is lost. On a live link only the link itself tells, or its silence."""
+        silent_ns = self._context.now - followed.peer.data_heard_ns
+        if followed.live and silent_ns < 2 * self._context.config.liveness.marker_ms * MS:
+            return followed.pushed
+        return followed.known
+
+    def _pull(self, followed: FollowedFeed) -> None:
+        now = self._context.now
+        if now < followed.pull_due_ns or followed.peer.is_gone:
+            return
+        target, wanted = self._target(followed), RangeSet()
+        for inbound in followed.inbounds:
+            for first, end in inbound.missing(target, most=PULL_RANGES_MAX):
+                wanted.add(first, end)
+        if not wanted:
+            followed.pull_due_ns = 0
+            self._come_back(followed)
+            self._note(followed)
+            return
+        left = max(inbound.room.left for inbound in followed.inbounds)
+        if left <= 0 and not any(inbound.held for inbound in followed.inbounds):
+            return
+        followed.token += 1
+        followed.asked_first, followed.asked_end = next(iter(wanted))[0], wanted.end
+        followed.pull_due_ns = now + followed.pull_wait_ns
+        followed.pull_wait_ns = min(2 * followed.pull_wait_ns, self._context.config.repair.retry_ms_max * MS)
+        credit = max(1, min(left, self._context.config.repair.window_bytes))
+        self._context.counts["pulls"] += 1
+        self._context.send(
+            followed.peer.name, Kind.PULL, followed.feed, followed.token, credit, list(wanted)[:PULL_RANGES_MAX]
+        )
+        self._note(followed)
+
+    def _note(self, followed: FollowedFeed) -> None:
+        if followed.pull_due_ns or not (followed.live or followed.far):
+            self._restless[followed.feed] = followed
+            self._context.wake_by(followed.pull_due_ns or followed.join_due_ns)
+            if not (followed.live or followed.far):
+                self._context.wake_by(followed.join_due_ns)
+        else:
+            self._restless.pop(followed.feed, None)
+
+    # The push link.
+
+    def _join(self, followed: FollowedFeed) -> None:
+        self._nonce += 1
+        followed.nonce = (self._context.id + self._nonce) % 2**64
+        followed.join_due_ns = self._context.now + followed.join_wait_ns
+        followed.join_wait_ns = min(2 * followed.join_wait_ns, JOIN_MAX_NS)
+        self._context.send(followed.peer.name, Kind.JOIN, [(followed.feed, followed.nonce)])
+        self._note(followed)
+
+    def _leave_push(self, followed: FollowedFeed) -> None:
+        """Far behind: leave the live feed and only pull (S8)."""
+        if followed.far or any(inbound.best_effort for inbound in followed.inbounds):
+            return
+        followed.far, followed.live = True, False
+        self._context.counts["demoted"] += 1
+        self._context.emit(UnfollowFeed(followed.feed))
+        self._note(followed)
+
+    def _come_back(self, followed: FollowedFeed) -> None:
+        """Near again: listen, and be live once a marker came back over the push link."""
+        if followed.far and all(inbound.room.hand * 2 <= inbound.room.hand_max for inbound in followed.inbounds):
+            followed.far = False
+            followed.join_wait_ns = JOIN_FIRST_NS
+            self._context.counts["rejoined"] += 1
+            self._context.emit(FollowFeed(followed.feed))
+            self._join(followed)
+
+    # Acknowledging and time.
+
+    def acknowledge_soon(self, followed: FollowedFeed, inbound: InboundFeed) -> None:
+        """The floor of this subscription is worth telling."""
+        peer = followed.peer
+        if inbound.best_effort or peer.is_gone:
+            return
+        if not self._dirty:
+            self._acknowledge_due_ns = self._context.now + self._context.config.liveness.acknowledge_ms * MS
+            self._context.wake_by(self._acknowledge_due_ns)
+        self._dirty[inbound.subscription, followed.feed] = (peer, inbound)
+
+    def acknowledge(self) -> None:
+        """Tell each publisher how far we are."""
+        by_peer: dict[str, list[tuple[int, int, int]]] = {}
+        for (number, feed), (peer, inbound) in self._dirty.items():
+            by_peer.setdefault(peer.name, []).append((number, feed, inbound.floor))
+        self._dirty.clear()
+        self._dirty_bytes = 0
+        for name, entries in by_peer.items():
+            for begin in range(0, len(entries), ACKNOWLEDGEMENTS_PER_FRAME):
+                self._context.send(name, Kind.ACKNOWLEDGE, entries[begin : begin + ACKNOWLEDGEMENTS_PER_FRAME])
+
+    def tick(self) -> None:
+        """Repeat what was not answered."""
+        now = self._context.now
+        for followed in list(self._restless.values()):
+            if followed.peer.is_gone:
+                del self._restless[followed.feed]
+                continue
+            if not followed.live and not followed.far and now >= followed.join_due_ns:
+                self._join(followed)
+            self._pull(followed)
+        if self._dirty and now >= self._acknowledge_due_ns:
+            self.acknowledge()
+
+    def next_deadline_ns(self) -> int | None:
+        """When something has to be repeated or acknowledged."""
+        dues = [self._acknowledge_due_ns] if self._dirty else []
+        dues += [followed.join_due_ns for followed in self._restless.values() if not followed.live and not followed.far]
+        dues += [followed.pull_due_ns for followed in self._restless.values() if followed.pull_due_ns]
+        return min(dues, default=None)

@@ -1,0 +1,138 @@
+"""The public face as a world hands it out: the same calls, and what went through them is noted in the history."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fabric.client import Fabric, Publisher
+from fabric.config import Policy, WhenFull
+from fabric.engine.inbox import Inbox
+from fabric.message import Message
+from fabric.subscription import Subscription
+from fabric.topics import check_seed
+
+if TYPE_CHECKING:
+    from fabric.engine.dispatch import Dispatcher
+    from fabric.engine.loop import Engine
+    from fabric.engine.process import Membership
+    from fabric.testing.history import FeedBook, History, SubscriptionBook
+
+__all__ = ["WatchedFabric", "WatchedPublisher", "WatchedSubscription"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class WatchedPublisher(Publisher):
+    """A publisher whose records are noted as they are taken."""
+
+    history: History
+    book: FeedBook
+
+    def publish(self, value: object, *, seed: int = 0, metadata: Mapping[str, object] | None = None) -> int:
+        """As `Publisher.publish`."""
+        sequence = super().publish(value, seed=seed, metadata=metadata)
+        self.history.published(self.book, self.next - 1, check_seed(seed), sequence, value)
+        return sequence
+
+    def publish_many(self, values: Any, *, seeds: Any) -> list[int]:  # noqa: ANN401 - any sequences
+        """As `Publisher.publish_many`."""
+        sequences = super().publish_many(values, seeds=seeds)
+        first = self.next - len(sequences)
+        for index, (value, seed, sequence) in enumerate(zip(values, seeds, sequences, strict=True)):
+            self.history.published(self.book, first + index, check_seed(seed), sequence, value)
+        return sequences
+
+
+class WatchedSubscription(Subscription):
+    """A subscription whose messages are noted as they are taken."""
+
+    history: History
+    book: SubscriptionBook
+    _nested = False
+
+    def drain(self) -> Iterator[Message]:
+        """As `Subscription.drain`."""
+        return map(self._note, super().drain())
+
+    def __iter__(self) -> Iterator[Message]:
+        return map(self._note, super().__iter__())
+
+    def receive(self, *, timeout_s: float = 10.0, into: Any = None) -> Message:  # noqa: ANN401 - tensors
+        """As `Subscription.receive`."""
+        message = super().receive(timeout_s=timeout_s, into=into)
+        return message if self._nested else self._note(message)
+
+    def receive_many(self, n: int, *, timeout_s: float = 10.0) -> list[Message]:
+        """As `Subscription.receive_many`."""
+        self._nested = True
+        try:
+            messages = super().receive_many(n, timeout_s=timeout_s)
+        finally:
+            self._nested = False
+        return list(map(self._note, messages))
+
+    def _note(self, message: Message) -> Message:
+        self.history.received(self.book, message)
+        return message
+
+
+class WatchedFabric(Fabric):
+    """A member of a world."""
+
+    publisher_class = WatchedPublisher
+    subscription_class = WatchedSubscription
+
+    def __init__(self, engine: Engine, dispatcher: Dispatcher, membership: Membership, history: History) -> None:
+        super().__init__(engine, dispatcher, membership)
+        self.history = history
+
+    def _make_publisher(self, topic: str, policy: Policy, when_full: WhenFull) -> Publisher:
+        publisher = super()._make_publisher(topic, policy, when_full)
+        assert isinstance(publisher, WatchedPublisher)
+        publisher.history = self.history
+        publisher.book = self.history.opened(self._engine, topic, policy.value, when_full.value)
+        return publisher
+
+    def _open(self, *arguments: Any) -> Inbox:  # noqa: ANN401 - handed through
+        inbox = super()._open(*arguments)
+        self.history.confirmed(self._book_of(inbox))
+        return inbox
+
+    def _book_of(self, inbox: Inbox) -> SubscriptionBook:
+        card = self._engine.card
+        return self.history.subscriptions[card.name, card.incarnation, inbox.number]
+
+    def subscribe(self, pattern: str, **options: Any) -> Subscription:  # noqa: ANN401 - handed through
+        """As `Fabric.subscribe`."""
+        subscription = super().subscribe(pattern, **options)
+        assert isinstance(subscription, WatchedSubscription)
+        subscription.history, subscription.book = self.history, self._book_of(subscription._inbox)
+        return subscription
+
+    def on(self, pattern: str, **options: Any) -> Callable[[Function], Function]:  # noqa: ANN401 - handed through
+        """As `Fabric.on`."""
+
+        def decorate(function: Function) -> Function:
+            def watched(message: Message) -> object:
+                book = self.history.subscriptions[(*life.key, message._feed.subscription)]
+                book.by_handler = True
+                try:
+                    result = function(message)
+                except BaseException:
+                    self.history.failed(book, message)
+                    raise
+                self.history.received(book, message)
+                return result
+
+            life = self.history.life_of(self._engine)
+            enter(watched)
+            return function
+
+        enter = super().on(pattern, **options)
+        return decorate
+
+    def _bury(self, message: Message, reason: str, detail: str) -> None:
+        super()._bury(message, reason, detail)
+        self.history.buried(self._engine, message, reason)
+

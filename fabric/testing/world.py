@@ -1,0 +1,318 @@
+"""Members in one process and one thread, on a clock that does not tick by itself, over a network that fails as told.
+
+Whoever waits, in `receive`, `request`, `flush` or `World.run`, lets the world go on: each member takes its turn, handlers and
+tasks run, and when all are idle the clock jumps to whatever is due next. All chance comes from the seed, so the same program with
+the same seed sees the same history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fabric.client import Fabric
+from fabric.config import FabricConfig, Handlers
+from fabric.core import events
+from fabric.core.events import Card
+from fabric.core.wire import VERSION
+from fabric.engine.dispatch import Dispatcher
+from fabric.engine.loop import Engine
+from fabric.errors import BrokenError, ClosedError, ConfigError, InternalError, JoinTimeoutError, shortened
+from fabric.testing.history import History
+from fabric.testing.watching import WatchedFabric
+from transports import FaultPlan, MemoryHub, MemoryTransport
+
+__all__ = ["World"]
+
+S = 1_000_000_000
+EPOCH_NS = 1_700_000_000 * S
+"""What a world's wall clock shows when it begins; any moment would do, as long as it is always the same."""
+ROUNDS_MAX = 20_000
+"""Rounds at one moment of the clock: more than any burst of work needs, few enough to find a loop soon."""
+
+
+class _Waits:
+    """Waiting is letting the world go on."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def until(self, engine: Engine, is_over: Callable[[], bool], deadline_ns: int, *, patient: bool = False) -> None:
+        """Pump all members until it is over or the time has come."""
+        self._world._pump(is_over, deadline_ns)
+
+    def submitted(self, engine: Engine) -> None:
+        """The next round sees to it."""
+
+    def close(self) -> None:
+        """Nothing sleeps here."""
+
+
+class _Membership:
+    """What a member of a world gives back when it leaves."""
+
+    def __init__(self, world: World, engine: Engine) -> None:
+        self._world, self._engine = world, engine
+
+    def mark_training(self, step: int) -> None:
+        """There is no background here that could be in the way."""
+
+    def close(self) -> None:
+        """Leave."""
+        self._engine.close(0.0)
+        self._world._gone(self._engine.card)
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    fabric: Fabric
+    engine: Engine
+    dispatcher: Dispatcher
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A function that runs again and again; not while it runs already."""
+
+    owner: Fabric | None
+    function: Callable[[], object]
+    period_ns: int
+    due_ns: int
+    running: bool = False
+
+
+class World:
+    """A small universe of members.
+
+    `plan` says what goes wrong on the way; default: nothing. `config` is what members join with; handlers always run in `step`
+    mode, and the world runs them. `world_size` is the number of ranks. With `checked` the core's invariants are asserted after
+    every event of every member, which costs about as much as the events themselves.
+
+    `history` holds all that was published, received, lost and buried; `Checker(world.history).judge()` compares.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        plan: FaultPlan | None = None,
+        config: FabricConfig | None = None,
+        world_size: int = 2,
+        checked: bool = True,
+    ) -> None:
+        self.seed, self.world_size, self.checked = seed, world_size, checked
+        self.now_ns = S
+        """The time of this world; it begins at 1 s, because 0 means "never" in many a place."""
+        self.hub = MemoryHub(seed=seed, plan=plan, clock=self._clock)
+        self.history = History(self._clock)
+        self._config = config or FabricConfig()
+        self._members: list[_Member] = []
+        self._tasks: list[_Task] = []
+        self._lives: dict[str, int] = {}
+        self._dead: set[tuple[str, int]] = set()
+        self._waits = _Waits(self)
+
+    def _clock(self) -> int:
+        return self.now_ns
+
+    @property
+    def now_s(self) -> float:
+        """The time of this world, in seconds."""
+        return self.now_ns / S
+
+    @property
+    def members(self) -> tuple[Fabric, ...]:
+        """Those that live, in the order in which they joined."""
+        return tuple(member.fabric for member in self._members)
+
+    # Coming and going.
+
+    def join(
+        self,
+        member: int | str = 0,
+        *,
+        host: str = "host-0",
+        config: FabricConfig | None = None,
+        wait: bool = True,
+        timeout_s: float = 10.0,
+    ) -> Fabric:
+        """Enter as a rank (a number) or as an observer (a name). A name that was here before begins a new life.
+
+        If the old life was not killed it goes on as a zombie, which the others will tell to stop. `host` says who can prove whose
+        death: members of one host. Unless `wait` is false, returns when all members that live know this one and it knows them.
+
+        Raises:
+            ConfigError: The rank is not below `world_size`.
+            JoinTimeoutError: Somebody did not answer within `timeout_s` of this world's time.
+        """
+        card, engine = self._open(member, host, config or self._config)
+        others = {other.engine.card.name: other.engine.card for other in self._members if other.engine.card.name != card.name}
+        dispatcher = Dispatcher(engine)
+        fabric = WatchedFabric(engine, dispatcher, _Membership(self, engine), self.history)
+        self._members.append(_Member(fabric, engine, dispatcher))
+        for other in others.values():
+            engine.submit(events.PeerAnnounced(other))
+
+        def missing() -> list[str]:
+            known = engine.core.members.by_name
+            here = [name for name, other in others.items() if (name, other.incarnation) not in self._dead]
+            return sorted(name for name in here if name not in known or not known[name].sees_us)
+
+        if wait and not engine.until(lambda: not missing(), timeout_s):
+            state = f"missing: {shortened(missing())}"
+            self.kill(fabric)
+            raise JoinTimeoutError("not all members answered", waited_s=timeout_s, state=state)
+        return fabric
+
+    def _open(self, member: int | str, host: str, config: FabricConfig) -> tuple[Card, Engine]:
+        rank = None if isinstance(member, str) else member
+        if rank is not None and not 0 <= rank < self.world_size:
+            raise ConfigError(f"{rank} is no rank of {self.world_size}", field="member")
+        name = f"rank-{member}" if rank is not None else str(member)
+        self._lives[name] = max(self._lives.get(name, 0) + 1, EPOCH_NS + self.now_ns)
+        transport = MemoryTransport(self.hub, name)
+        own = transport.endpoints
+        card = Card(
+            name=name,
+            rank=rank,
+            world_size=self.world_size,
+            job="world",
+            host=host,
+            pid=1,
+            version=VERSION,
+            incarnation=self._lives[name],
+            endpoints=(own.data, own.control, own.bulk),
+        )
+        config = replace(config, work=replace(config.work, handlers=Handlers.STEP), install_signal_handler=False)
+        engine = Engine(card, config, transport, self._clock, self._waits)
+        engine.wall_ns = lambda: EPOCH_NS + self.now_ns
+        engine.probe = lambda other: (other.name, other.incarnation) in self._dead
+        engine.watch = lambda event, commands: self._look(engine, event, commands)
+        self.history.begin(engine)
+        return card, engine
+
+    def _look(self, engine: Engine, event: object, commands: list[Any]) -> None:
+        if self.checked:
+            engine.core.check_invariants()
+        self.history.note(engine, event, commands)
+
+    def kill(self, fabric: Fabric) -> None:
+        """End a member without a goodbye, as SIGKILL would: its memory is lost, what it sent may still arrive. Twice is once."""
+        for member in self._members:
+            if member.fabric is fabric:
+                member.engine.close(0.0)
+                self._gone(member.engine.card, killed=True)
+                return
+
+    def stop(self, fabric: Fabric, *, timeout_s: float = 5.0) -> None:
+        """End a member well: `fabric.close(timeout_s)`."""
+        fabric.close(timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """End all members, without a goodbye."""
+        for member in list(self._members):
+            self.kill(member.fabric)
+
+    def _gone(self, card: Card, *, killed: bool = False) -> None:
+        self._dead.add((card.name, card.incarnation))
+        self._tasks = [task for task in self._tasks if task.owner is None or task.owner._engine.card is not card]
+        self._members = [member for member in self._members if member.engine.card is not card]
+        self.history.end(card, killed=killed)
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+    # Faults.
+
+    def cut(self, a: Fabric | str, b: Fabric | str, *, both: bool = True) -> None:
+        """Lose all that `a` sends to `b` from now on, and unless `both` is false all that `b` sends to `a`."""
+        self.hub.cut(_name(a), _name(b))
+        if both:
+            self.hub.cut(_name(b), _name(a))
+
+    def heal(self, a: Fabric | str, b: Fabric | str) -> None:
+        """Undo `cut`, in both directions."""
+        self.hub.heal(_name(a), _name(b))
+        self.hub.heal(_name(b), _name(a))
+
+    def calm(self) -> None:
+        """No more faults from now on: cuts heal, frames arrive at once and in order."""
+        self.hub.calm()
+
+    # Time.
+
+    def every(self, seconds: float, function: Callable[[], object], *, owner: Fabric | None = None) -> None:
+        """Run a function again and again, the first time at once: an application's loop. It ends with its `owner`.
+
+        It runs whenever somebody waits, so keep it short; a second call does not begin before the first has ended.
+        """
+        self._tasks.append(_Task(owner, function, max(1, int(seconds * S)), self.now_ns))
+
+    def run(self, seconds: float) -> None:
+        """Let the world go on for so long, in its own time."""
+        self._pump(lambda: False, self.now_ns + int(seconds * S))
+
+    def until(self, predicate: Callable[[], bool], timeout_s: float = 60.0) -> bool:
+        """Let the world go on until the predicate holds; false if it did not within `timeout_s` of this world's time."""
+        self._pump(predicate, self.now_ns + int(timeout_s * S))
+        return predicate()
+
+    def _pump(self, is_over: Callable[[], bool], deadline_ns: int) -> None:
+        rounds, began_ns = 0, self.now_ns
+        while not is_over() and self.now_ns <= deadline_ns:
+            if self._round():
+                rounds = rounds + 1 if self.now_ns == began_ns else 0
+                began_ns = self.now_ns
+                if rounds > ROUNDS_MAX:
+                    raise InternalError(f"the world stands still at {self.now_s:.6f} s: somebody works without end")
+            elif self.now_ns >= deadline_ns:
+                return
+            else:
+                self.now_ns = min(deadline_ns, self._next_due_ns())
+
+    def _round(self) -> bool:
+        """Every member takes a turn and runs at most one handler; then the tasks that are due. Whether there was anything."""
+        busy = False
+        for member in list(self._members):
+            engine = member.engine
+            if not (engine.closed or engine.lock.locked()) and (engine.due_ns <= self.now_ns or engine.transport.is_ready()):
+                engine.turn()
+                busy = True
+            if engine.broken is not None:
+                raise engine.broken
+            busy = member.dispatcher.run_one() or busy
+        return self._run_tasks() or busy
+
+    def _run_tasks(self) -> bool:
+        due = [task for task in self._tasks if task.due_ns <= self.now_ns and not task.running]
+        for task in due:
+            if task not in self._tasks or task.running:
+                continue  # an earlier one ended its owner, or waited, and so let it run
+            task.running = True
+            try:
+                task.function()
+            except (ClosedError, BrokenError):
+                if task.owner is None or any(member.fabric is task.owner for member in self._members):
+                    raise
+            finally:
+                task.running, task.due_ns = False, self.now_ns + task.period_ns
+        return bool(due)
+
+    def _next_due_ns(self) -> int:
+        """When anything is due next. What is due already and was not done waits for somebody further up the stack."""
+        dues = [task.due_ns for task in self._tasks if not task.running]
+        for member in self._members:
+            dues.append(member.engine.due_ns)
+            dues += [due for due in (member.engine.transport.next_due_ns(), member.dispatcher.due_ns()) if due is not None]
+        return min((due for due in dues if due > self.now_ns), default=self.now_ns + S)
+
+    def __repr__(self) -> str:
+        return f"World(seed={self.seed}, now={self.now_s:.3f} s, members={[_name(fabric) for fabric in self.members]})"
+
+
+def _name(member: Fabric | str) -> str:
+    return member if isinstance(member, str) else member.name
