@@ -8,9 +8,9 @@
         for message in inbox.drain():
             print(message.source, message.sequence, message.value.mean())
 
-The package, from the top: `joining` enters, `client` and `aio` are the two faces, `engine` drives, `core` is the protocol without IO,
-`payloads` turns values into bytes, `rendezvous` finds the others, `testing` simulates a whole job. Below it all lies the package
-`transports`. ARCHITECTURE.md explains; PROTOCOL.md specifies the bytes.
+The package, from the top: `joining` enters, `client` and `aio` are the two faces, `engine` drives, `core` is the
+protocol without IO, `payloads` turns values into bytes, `rendezvous` finds the others, `testing` simulates a whole
+job. Below it all lies the package `transports`. ARCHITECTURE.md explains; PROTOCOL.md specifies the bytes.
 """
 
 from fabric.client import CloseReport, Fabric, PeerInfo, Publisher

@@ -31,8 +31,8 @@ __all__ = [
 KIB, MIB = 1024, 1024 * 1024
 
 BURST_BYTES_MAX = 64 * KIB
-"""Most bytes of records in one burst. A larger value is addressed instead of pushed, so that what PUB may hold for a stopped
-subscriber is its high-water mark times this (DESIGN section 5). A wire constant, not a setting."""
+"""Most bytes of records in one burst. A larger value is addressed instead of pushed, so that what PUB may hold
+for a stopped subscriber is its high-water mark times this (DESIGN section 5). A wire constant, not a setting."""
 
 
 class Policy(StrEnum):
@@ -176,8 +176,8 @@ class FabricConfig:
     """All settings of one member."""
 
     listen: str = "ipc"
-    """`"ipc"` (members of one host), or `"tcp://ADDRESS"`, with `:PORT` for a fixed control port. Loopback and ipc are the
-    defaults; every other address, a wildcard included, must be named here."""
+    """`"ipc"` (members of one host), or `"tcp://ADDRESS"`, with `:PORT` for a fixed control port. Loopback and
+    ipc are the defaults; every other address, a wildcard included, must be named here."""
     wildcard: bool = False
     """Whether `listen` may name every interface."""
     runtime_directory: Path | None = None
@@ -212,7 +212,8 @@ def _require_positive(group: object) -> None:
 def check_policy(policy: str, when_full: str | None) -> tuple[Policy, WhenFull]:
     """The policy and what happens when its room is used up, or `ConfigError`.
 
-    `reliable` takes `block` (the default until the spill log exists), `drop_oldest`, `fail`; `latest` and `lossy` take none.
+    `reliable` takes `block` (the default until the spill log exists), `drop_oldest`, `fail`; `latest` and `lossy`
+    take none.
     """
     try:
         chosen = Policy(policy)

@@ -1,8 +1,8 @@
 """Every error that the fabric raises: one root, leaves named by cause, typed fields instead of prepared sentences.
 
-`ClosedError` means that *you* closed it, `BrokenError` that *it* broke (the original is `__cause__`), `InternalError` that
-the fabric itself is wrong. `retriable` answers the caller's first question. All of them survive pickling, because process
-pools pickle what they raise.
+`ClosedError` means that *you* closed it, `BrokenError` that *it* broke (the original is `__cause__`),
+`InternalError` that the fabric itself is wrong. `retriable` answers the caller's first question. All of them survive
+pickling, because process pools pickle what they raise.
 """
 
 from __future__ import annotations

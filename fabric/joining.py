@@ -39,9 +39,9 @@ def join(
 ) -> Fabric:
     """Enter the fabric as a rank. Returns when all ranks are met and know each other's subscriptions.
 
-    Under torchrun everything is in the environment (`rendezvous="env"`). Else give `rank` and `world_size`, and where to meet:
-    `"file:///shared/dir"`, `"tcp://host:port"` (any member's control address) or `"memory://name"` (one process). Without any of it
-    you are alone. `state_directory` is for durable state, which does not exist yet.
+    Under torchrun everything is in the environment (`rendezvous="env"`). Else give `rank` and `world_size`, and
+    where to meet: `"file:///shared/dir"`, `"tcp://host:port"` (any member's control address) or `"memory://name"`
+    (one process). Without any of it you are alone. `state_directory` is for durable state, which does not exist yet.
 
     Raises `JoinTimeoutError` naming the missing ranks, `VersionMismatchError`, `RendezvousError`, `ConfigError`.
     """
@@ -71,10 +71,11 @@ def observe(
     config: FabricConfig | None = None,
     timeout_s: float = 10.0,
 ) -> Fabric:
-    """Enter a running job without a rank: found on this host by the members' cards, elsewhere by any member's control address.
+    """Enter a running job without a rank.
 
-    An observer comes and goes. Its subscriptions are best effort unless they say `delivery="reliable"`. Raises `RendezvousError` if
-    no job, or more than one, is found, and `JoinTimeoutError`.
+    It is found on this host by the members' cards, elsewhere by the control address of any member. An observer comes
+    and goes. Its subscriptions are best effort unless they say `delivery="reliable"`. Raises
+    `RendezvousError` if no job, or more than one, is found, and `JoinTimeoutError`.
     """
     deadline = time.monotonic() + timeout_s
     entry = _Entry(config or FabricConfig())

@@ -36,8 +36,8 @@ def unpack_metadata(packed: bytes) -> dict[str, Any]:
 class Message:
     """One record as it was received.
 
-    `value` is a view into received memory as long as `own()` was not called: arrays are read-only, tensors are inference tensors.
-    A view keeps the whole burst or payload alive.
+    `value` is a view into received memory as long as `own()` was not called: arrays are read-only, tensors are
+    inference tensors. A view keeps the whole burst or payload alive.
     """
 
     __slots__ = ("_burst", "_feed", "_row", "_settle", "_value", "attempt", "redelivered")
@@ -116,7 +116,10 @@ class Message:
         return self._value
 
     def copy_into(self, into: Any) -> Any:  # noqa: ANN401 - a tensor, an array, or a tree of them
-        """Copy the value into given tensors or arrays, whole or not at all. Raises `SchemaError` if shapes or types differ."""
+        """Copy the value into given tensors or arrays, whole or not at all.
+
+        Raises `SchemaError` if shapes or types differ.
+        """
         return decode_into(self._burst.columns[3][self._row] & ~ADDRESSED, self._blob(), into)
 
     def acknowledge(self) -> None:
@@ -125,7 +128,10 @@ class Message:
             self._settle(self, None)
 
     def reject(self, reason: str) -> None:
-        """It will not be handled: it becomes a dead letter with this reason, and all that precede it in its lane are handled."""
+        """It will not be handled.
+
+        It becomes a dead letter with this reason, and all that precede it in its lane are handled.
+        """
         if self._settle is not None:
             self._settle(self, reason)
 

@@ -1,8 +1,8 @@
 """Topics, patterns, seeds: what they may look like, and when a pattern matches.
 
-A topic is dotted, `layers.encoder.3.health`: segments of `[A-Za-z0-9_][A-Za-z0-9_-]*`, at most 255 bytes in all, so that the
-names of torch modules fit. A pattern is a topic in which `*` stands for one segment and `**` for any number of them, none
-included, anywhere.
+A topic is dotted, `layers.encoder.3.health`: segments of `[A-Za-z0-9_][A-Za-z0-9_-]*`, at most 255 bytes in all, so
+that the names of torch modules fit. A pattern is a topic in which `*` stands for one segment and `**` for any number
+of them, none included, anywhere.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from functools import lru_cache
 
 from fabric.errors import SeedError, TopicError
 
-__all__ = ["PATTERN_CACHE_SIZE", "SEED_END", "TOPIC_BYTES_MAX", "WILDCARDS_MAX", "Pattern", "check_seed", "check_topic", "compile_pattern"]
+__all__ = [
+    "PATTERN_CACHE_SIZE",
+    "SEED_END",
+    "TOPIC_BYTES_MAX",
+    "WILDCARDS_MAX",
+    "Pattern",
+    "check_seed",
+    "check_topic",
+    "compile_pattern",
+]
 
 TOPIC_BYTES_MAX = 255
 """Longest topic or pattern in bytes: a length fits into one byte on the wire."""
@@ -48,7 +57,10 @@ def check_seed(seed: int) -> int:
 
 
 class Pattern:
-    """A compiled pattern. `matches(topic)` costs well below a microsecond; publishers ask once for each feed and keep the answer."""
+    """A compiled pattern.
+
+    `matches(topic)` costs well below a microsecond; publishers ask once for each feed and keep the answer.
+    """
 
     __slots__ = ("_match", "text")
 

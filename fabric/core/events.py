@@ -27,7 +27,6 @@ __all__ = [
     "BulkReceived",
     "BurstClosed",
     "Card",
-    "DropPayload",
     "CompleteRequest",
     "ConnectPeer",
     "ControlReceived",
@@ -97,7 +96,10 @@ class FeedOpened:
 
 @dataclass(frozen=True, slots=True)
 class BurstClosed:
-    """A publisher closed a burst: `count` records from offset `first` on. `payloads`: values of addressed records by offset."""
+    """A publisher closed a burst: `count` records from offset `first` on.
+
+    `payloads`: values of addressed records by offset.
+    """
 
     topic: str
     first: int
@@ -138,7 +140,10 @@ class SubscriptionClosed:
 
 @dataclass(frozen=True, slots=True)
 class MessagesSettled:
-    """The application settled offsets `first <= offset < end` of a feed that were in its hand; `size` bytes of room return."""
+    """The application settled offsets `first <= offset < end` of a feed that were in its hand.
+
+    `size` bytes of room return.
+    """
 
     feed: InboundFeed
     first: int
@@ -339,7 +344,10 @@ class DisconnectPeer:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Hand over records of a burst to a subscription: `rows`, or all if None. `size` bytes of room are taken until settled."""
+    """Hand over records of a burst to a subscription: `rows`, or all if None.
+
+    `size` bytes of room are taken until settled.
+    """
 
     subscription: int
     feed: InboundFeed
@@ -363,7 +371,10 @@ class BeginFeed:
 
 @dataclass(frozen=True, slots=True)
 class ReportGap:
-    """Offsets `first <= offset < end` of a feed can no longer be had; `end` is None for an open gap up to an unknown end."""
+    """Offsets `first <= offset < end` of a feed can no longer be had.
+
+    `end` is None for an open gap up to an unknown end.
+    """
 
     subscription: int
     source: str
@@ -437,7 +448,10 @@ class ExecuteRequest:
 
 @dataclass(frozen=True, slots=True)
 class CompleteRequest:
-    """A request of ours is over. `outcome`: "reply", "failure", "timeout", "gone". `accepted`: the responder is known to have it."""
+    """A request of ours is over. `outcome`: "reply", "failure", "timeout", "gone".
+
+    `accepted`: the responder is known to have it.
+    """
 
     request: int
     outcome: str

@@ -1,11 +1,14 @@
-"""Requests and replies: resent with the same number until answer or deadline, executed at most once for each incarnation.
+"""Requests and replies: resent with the same number until answer or deadline, executed at most once.
 
-A request of a peer is remembered with its reply until its deadline has passed, so that a repeated one is answered and not run
-again. Values of 64 KiB and more are addressed: the other side fetches them from the space of the request or of the reply.
+A request of a peer is remembered with its reply until its deadline has passed, so that a repeated one is answered
+and not run again. Values of 64 KiB and more are addressed: the other side fetches them from the space of the request
+or of the reply.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
 
 from fabric.core.events import Buffer, CompleteRequest, ExecuteRequest, ReplyIssued, RequestIssued
 from fabric.core.fetching import Fetching, Key
@@ -15,6 +18,8 @@ from fabric.errors import WireFormatError
 
 __all__ = ["Exchange"]
 
+DEADLINE_MS_MAX = 3_600_000
+"""A request is remembered no longer than this: else a far deadline would fill the memory for good."""
 PRIORITIES = 3
 """0 is high, 1 normal, 2 low."""
 
@@ -22,12 +27,12 @@ PRIORITIES = 3
 class _Pending:
     """A request of ours that is not answered."""
 
-    __slots__ = ("accepted", "due_ns", "event", "reply_kind", "wait_ns")
+    __slots__ = ("accepted", "due_ns", "event", "outcome", "reply_kind", "wait_ns")
 
     def __init__(self, event: RequestIssued, wait_ns: int) -> None:
         self.event, self.wait_ns, self.due_ns = event, wait_ns, 0
         self.accepted = False
-        self.reply_kind = 0
+        self.reply_kind, self.outcome = 0, "reply"
 
 
 class _Execution:
@@ -39,11 +44,14 @@ class _Execution:
         self.execute, self.deadline_ns = execute, execute.deadline_ns
         self.reply: tuple[bool, int, bytes] | None = None
         self.payload: Buffer | None = None
-        self.size = 0
+        self.size = len(execute.metadata) + len(execute.blob)
 
 
 def _space(role: str, requester: int, incarnation: int, peer: int) -> int:
-    """Where the value of a request (or reply) between two members lies: numbers of requests are unique in one incarnation."""
+    """Where the value of a request (or reply) between two members lies.
+
+    Numbers of requests are unique in one incarnation.
+    """
     return checksum_of(f"{role}\0{requester}\0{incarnation}\0{peer}".encode())
 
 
@@ -93,9 +101,9 @@ class Exchange:
             self._complete(pending, "failure" if failed else "reply", kind, blob)
             return
         key = (_space("reply", self._context.id, self._context.incarnation, peer.id), request)
-        pending.reply_kind = kind & ~ADDRESSED
-        if key not in self._fetches:
-            self._fetch(key, peer, blob, "reply", pending)
+        pending.reply_kind, pending.outcome = kind & ~ADDRESSED, "failure" if failed else "reply"
+        if key not in self._fetches and not self._fetch(key, peer, blob, "reply", pending):
+            self._complete(pending, "gone")
 
     def _fetch(self, key: Key, peer: Peer, blob: bytes, role: str, owner: object) -> bool:
         """Begin to fetch an addressed value; False if it cannot be had."""
@@ -119,15 +127,9 @@ class Exchange:
 
     # Requests of peers.
 
-    def on_request(self, peer: Peer, fields: list[object]) -> None:
+    def on_request(self, peer: Peer, fields: Sequence[Any]) -> None:
         """Run it once; answer a repeated one from memory, or say that it is under way."""
         request, method, priority, left_ms, kind, metadata, blob = fields
-        assert (
-            isinstance(request, int)
-            and isinstance(priority, int)
-            and isinstance(left_ms, int)
-            and isinstance(kind, int)
-        )
         known = self._executions.get((peer.name, peer.incarnation, request))
         if known is not None:
             self._answer_again(peer, request, known)
@@ -136,25 +138,26 @@ class Exchange:
             self._context.counts[Drop.NO_ROOM if priority < PRIORITIES else Drop.SHAPE] += 1
             return
         space = _space("request", peer.id, peer.incarnation, self._context.id) if kind & ADDRESSED else None
-        deadline_ns = self._context.now + min(left_ms, 2**40) * MS
+        deadline_ns = self._context.now + min(left_ms, DEADLINE_MS_MAX) * MS
         execute = ExecuteRequest(
             peer.name,
             peer.incarnation,
             request,
-            str(method),
+            method,
             priority,
             deadline_ns,
             kind & ~ADDRESSED,
             metadata,
             blob,
             space,
-        )  # type: ignore[arg-type]  # the shape of the fields was checked when they were decoded
+        )
         execution = self._executions[peer.name, peer.incarnation, request] = _Execution(execute)
+        self._remembered_bytes += execution.size
         if space is None:
             self._context.emit(execute)
         else:
             if not self._fetch((space, request), peer, execute.blob, "request", execution):
-                del self._executions[peer.name, peer.incarnation, request]
+                self._forget_execution((peer.name, peer.incarnation, request))
 
     def _answer_again(self, peer: Peer, request: int, execution: _Execution) -> None:
         self._context.counts["requests_repeated"] += 1
@@ -170,21 +173,24 @@ class Exchange:
             return
         execution.reply = (event.failed, event.kind, event.blob)
         execution.payload = event.payload
-        execution.size = len(event.blob) + (memoryview(event.payload).nbytes if event.payload is not None else 0)
-        self._remembered_bytes += execution.size
+        size = len(event.blob) + (memoryview(event.payload).nbytes if event.payload is not None else 0)
+        execution.size += size
+        self._remembered_bytes += size
         peer = self._members.by_name.get(event.peer)
         if peer is not None and peer.incarnation == event.incarnation:
             self._context.send(event.peer, Kind.REPLY, event.request, *execution.reply)
 
     def _make_room(self) -> bool:
-        """Forget the oldest replies whose deadline has passed; without room a request is not taken, and will be repeated."""
+        """Forget the oldest replies whose deadline has passed.
+
+        Without room a request is not taken, and will be repeated.
+        """
         limits = self._context.config.requests
         if len(self._executions) < limits.remembered_max and self._remembered_bytes < limits.remembered_bytes_max:
             return True
         for key, execution in list(self._executions.items()):
             if execution.deadline_ns < self._context.now and execution.reply is not None:
-                self._remembered_bytes -= execution.size
-                del self._executions[key]
+                self._forget_execution(key)
         return len(self._executions) < limits.remembered_max and self._remembered_bytes < limits.remembered_bytes_max
 
     # Addressed values.
@@ -207,13 +213,17 @@ class Exchange:
                 if payload is None:
                     self._complete(owner, "gone")
                 else:
-                    self._complete(owner, "reply", owner.reply_kind, b"", key[0])
+                    self._complete(owner, owner.outcome, owner.reply_kind, b"", key[0])
         elif isinstance(owner, _Execution) and payload is not None:
             self._context.emit(owner.execute)
         elif isinstance(owner, _Execution):  # it was not executed: a repeated request may be
             execute = owner.execute
-            self._executions.pop((execute.peer, execute.incarnation, execute.request), None)
+            self._forget_execution((execute.peer, execute.incarnation, execute.request))
         return bool(role)
+
+    def _forget_execution(self, key: tuple[str, int, int]) -> None:
+        execution = self._executions.pop(key, None)
+        self._remembered_bytes -= execution.size if execution is not None else 0
 
     # Time and peers.
 
@@ -222,7 +232,7 @@ class Exchange:
         for pending in [pending for pending in self._pending.values() if pending.event.peer == name]:
             self._complete(pending, "gone")
         for key in [key for key in self._executions if key[0] == name]:
-            self._remembered_bytes -= self._executions.pop(key).size
+            self._forget_execution(key)
 
     def tick(self) -> None:
         """Deadlines and resends."""

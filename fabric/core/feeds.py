@@ -1,4 +1,4 @@
-"""The publisher's side: what is retained of each feed, what of it is owed and to whom, and what gives way (RULES P1, P2).
+"""The publisher's side: what is retained of each feed, what of it is owed and to whom, what gives way (RULES P1, P2).
 
 *Owed* is what a current reliable subscription has not acknowledged. *Kept* is history; the oldest gives way at no cost.
 """
@@ -90,7 +90,10 @@ class OutFeed:
         return burst if burst is not None and burst.first <= offset else None
 
     def select(self, ranges: Iterable[tuple[int, int]], credit: int) -> tuple[list[StoredBurst], list[tuple[int, int]]]:
-        """Bursts that hold the ranges, lowest first, within `credit` bytes of frames, one at least (P5); and what of them is lost."""
+        """Bursts that hold the ranges, lowest first, within `credit` bytes of frames, one at least (P5).
+
+        And what of them is lost.
+        """
         chosen: list[StoredBurst] = []
         lost = RangeSet()
         for first, end in ranges:
@@ -122,7 +125,7 @@ class OutFeed:
         return max(self.end - 1, self.first_available) if start == "last" else self.end
 
     def __repr__(self) -> str:
-        return f"OutFeed({self.topic}, {self.first_available}..{self.end}, owed from {self.acknowledged} to {len(self.readers)})"
+        return f"OutFeed({self.topic}, {self.first_available}..{self.end}, acknowledged={self.acknowledged})"
 
 
 class Retention:
@@ -135,12 +138,16 @@ class Retention:
         """Records that gave way while they were owed."""
         self._serial = 0
         self._oldest: list[tuple[int, int, OutFeed]] = []
-        """A heap of feeds by the serial of their first burst at the time of entry; stale entries are met and corrected."""
+        """A heap of feeds by the serial of their first burst at the time of entry; stale entries are met and
+        corrected."""
 
     def append(
         self, out: OutFeed, first: int, count: int, frame: bytes, payloads: Mapping[int, Buffer] | None
     ) -> StoredBurst:
-        """Retain a burst; it is owed if the feed has readers. Room was reserved before its first record was accepted."""
+        """Retain a burst; it is owed if the feed has readers.
+
+        Room was reserved before its first record was accepted.
+        """
         assert first == out.end, "offsets are dense"
         self._serial += 1
         burst = StoredBurst(first, count, frame, payloads, self._serial)
@@ -208,7 +215,10 @@ class Retention:
                 heappush(self._oldest, (out.kept[0].serial, out.feed, out))
 
     def drop_oldest(self, out: OutFeed, size: int) -> int:
-        """The oldest bursts of a feed give way for everybody until `size` owed bytes are free (P2); returns the records dropped."""
+        """The oldest bursts of a feed give way for everybody until `size` owed bytes are free (P2).
+
+        Returns the records dropped.
+        """
         dropped = 0
         while out.owed and self.owed_bytes + size > self.owed_bytes_max:
             while out.kept:

@@ -1,7 +1,7 @@
-"""Following feeds: receiving what is pushed, pulling what was missed, acknowledging what is settled (RULES S2 to S5, S8).
+"""Following feeds: receiving what is pushed, pulling what was missed, acknowledging (RULES S2 to S5, S8).
 
-A *followed feed* is a feed of some member that one or more of our subscriptions want: its data comes once, each subscription has
-an `InboundFeed` of its own, and what any of them misses is pulled once.
+A *followed feed* is a feed of some member that one or more of our subscriptions want: its data comes once, each
+subscription has an `InboundFeed` of its own, and what any of them misses is pulled once.
 """
 
 from __future__ import annotations

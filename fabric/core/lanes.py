@@ -1,18 +1,20 @@
 """The subscriber's side of one feed: order, duplicates, gaps, room (RULES N3 to N6, S3 to S7).
 
-One rule gives order in a lane, isolation between lanes and joining in mid-lane: a record may be handed over when its `previous`
-is taken, that is, settled or in the application's hand. No state per lane exists here. Offsets lie like this:
+One rule gives order in a lane, isolation between lanes and joining in mid-lane: a record may be handed over when its
+`previous` is taken, that is, settled or in the application's hand. No state per lane exists here. Offsets lie like
+this:
 
     settled | floor ... in hand or settled ... | next ... taken, held, missing ... | known
 
-Everything below `next` is taken. Above it `taken` and `have` (taken or held) are sets of ranges, empty while all goes well: then
-a whole burst is deliverable by one comparison. Gaps are taken only at the floor, once `next` stands there too.
+Everything below `next` is taken. Above it `taken` and `have` (taken or held) are sets of ranges, empty while all
+goes well: then a whole burst is deliverable by one comparison. Gaps are taken only at the floor, once `next` stands
+there too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 
 from fabric.core.events import Deliver, ReportGap
@@ -383,9 +385,7 @@ class InboundFeed:
             return limit, Drop.GAP
         return offset, reason
 
-    def learn(
-        self, first_available: int, end: int, lost: Iterator[tuple[int, int]] | list[tuple[int, int]] = ()
-    ) -> None:  # type: ignore[assignment]
+    def learn(self, first_available: int, end: int, lost: Iterable[tuple[int, int]] = ()) -> None:
         """What the publisher says can be had: nothing below `first_available`, nothing that is `lost`, up to `end`."""
         self.first_available = max(self.first_available, first_available)
         self.known = max(self.known, end)
@@ -410,7 +410,7 @@ class InboundFeed:
     # Asking for what is missing.
 
     def missing(self, target: int, *, most: int) -> list[tuple[int, int]]:
-        """At most `most` ranges below `target` that were not received and are not known to be gone, lowest first (S5)."""
+        """At most `most` ranges below `target` that were not received and are not gone, lowest first (S5)."""
         if self.best_effort or self.next >= target:
             return []
         ranges = []

@@ -1,14 +1,14 @@
 """The core: `FabricCore.handle(event, now_ns)` takes what happened and returns what to do. It is the only mutator.
 
-It composes five parts, each with its own state: members (who is there), publishing and subscribing (the two sides of feeds),
-fetching (addressed payloads), exchange (requests). Dispatch is by type for events and by kind for messages. Any bytes from the
-world give commands or a counted drop, never an exception.
+It composes five parts, each with its own state: members (who is there), publishing and subscribing (the two sides of
+feeds), fetching (addressed payloads), exchange (requests). Dispatch is by type for events and by kind for messages.
+Any bytes from the world give commands or a counted drop, never an exception.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fabric.config import FabricConfig
@@ -55,7 +55,7 @@ class FabricCore:
             events.RequestAbandoned: lambda event: self.exchange.abandon(event.request),
             events.ReplyIssued: self.exchange.reply,
             events.PayloadChecked: self._on_payload_checked,
-            events.PeerAnnounced: lambda event: self._meet(event.card),
+            events.PeerAnnounced: self._on_peer_announced,
             events.PeerDied: self._on_peer_died,
             events.RosterAsked: self._on_roster_asked,
             events.IntakeStopped: self._on_intake_stopped,
@@ -63,7 +63,7 @@ class FabricCore:
             events.WriteFailed: lambda event: self._count("writes_failed"),
             events.RecordsLoaded: lambda event: self._count("records_loaded"),
         }
-        self._messages: dict[Kind, Callable[[Peer, list[Any]], None]] = {
+        self._messages: dict[Kind, Callable[[Peer, Sequence[Any]], None]] = {
             Kind.REGISTER: self.publishing.register,
             Kind.REGISTERED: lambda peer, f: self.subscribing.on_registered(peer, *f),
             Kind.UNREGISTER: lambda peer, f: self.publishing.unregister(peer.name, *f),
@@ -168,7 +168,7 @@ class FabricCore:
         elif message.kind is Kind.REPAIR and chunk is not None:
             burst, nonces = decode_data(bytes(chunk))
             if nonces is None:
-                self.following.on_repair(peer, *fields, burst)
+                self.following.on_repair(peer, fields[0], fields[1], burst)
         elif message.kind is Kind.AVAILABLE:
             self.subscribing.on_available(peer, *fields)
         elif message.kind is Kind.MISSING:
@@ -180,6 +180,9 @@ class FabricCore:
             self._count(Drop.KIND)
 
     # Members.
+
+    def _on_peer_announced(self, event: events.PeerAnnounced) -> None:
+        self._meet(event.card)
 
     def _meet(self, card: Card) -> Peer | None:
         before = self.members.by_name.get(card.name)
@@ -218,18 +221,18 @@ class FabricCore:
             self._hello(peer)
         self.members.greeted(peer, message.fields[10])
 
-    def _on_heartbeat(self, peer: Peer, fields: list[Any]) -> None:
+    def _on_heartbeat(self, peer: Peer, fields: Sequence[Any]) -> None:
         feeds, seen = fields
         self.members.greeted(peer, seen)
         if seen != self.context.incarnation:
             self._hello(peer)
         self.subscribing.on_heartbeat(peer, feeds)
 
-    def _on_fin(self, peer: Peer, fields: list[Any]) -> None:
+    def _on_fin(self, peer: Peer, fields: Sequence[Any]) -> None:
         topic, incarnation, _, _, _, end, exact = fields
         self.subscribing.on_fin(peer, topic, incarnation, end, exact)
 
-    def _on_bye(self, peer: Peer, fields: list[Any]) -> None:
+    def _on_bye(self, peer: Peer, fields: Sequence[Any]) -> None:
         self.members.leave(peer, "left")
         self.subscribing.on_bye(peer, fields[0])
         self._part_from(peer)
@@ -280,7 +283,7 @@ class FabricCore:
 
     # Payloads.
 
-    def _on_fetch(self, peer: Peer, fields: list[Any]) -> None:
+    def _on_fetch(self, peer: Peer, fields: Sequence[Any]) -> None:
         space, number, position, length, token = fields
         payload = self.publishing.payload_of(space, number)
         payload = payload if payload is not None else self.exchange.payload_of(peer, space, number)
@@ -324,4 +327,5 @@ class FabricCore:
 
     def __repr__(self) -> str:
         context = self.context
-        return f"FabricCore({context.name}@{context.incarnation}, feeds={len(self.publishing.feeds)}, follows={len(self.following.feeds)})"
+        feeds, follows = len(self.publishing.feeds), len(self.following.feeds)
+        return f"FabricCore({context.name}@{context.incarnation}, feeds={feeds}, follows={follows})"

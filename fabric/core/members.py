@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fabric.config import FabricConfig
@@ -23,14 +23,18 @@ ZOMBIES_MAX = 16
 
 
 class Context:
-    """What the parts of the core share: who we are, the time of the event in hand, and the commands that it leads to."""
+    """What the parts of the core share.
+
+    Who we are, the time of the event in hand, and the commands that it leads to.
+    """
 
     def __init__(self, card: Card, config: FabricConfig) -> None:
         self.card, self.config = card, config
         self.name, self.incarnation, self.id = card.name, card.incarnation, member_id(card.name)
         self.now = 0
         self.due_ns = 0
-        """When `TimePassed` is due at the latest. Whoever creates a deadline calls `wake_by`; a tick looks at all of them anew."""
+        """When `TimePassed` is due at the latest. Whoever creates a deadline calls `wake_by`; a tick looks at all of
+        them anew."""
         self.commands: list[Any] = []
         self.emit = self.commands.append
         self.counts: Counter[str] = Counter()
@@ -140,7 +144,10 @@ class Members:
         return peer
 
     def _make_room(self, name: str) -> bool:
-        """A flood of names ends here. Of the members that are gone, the one known longest is forgotten for a new one."""
+        """A flood of names ends here.
+
+        Of the members that are gone, the one known longest is forgotten for a new one.
+        """
         if not 0 < len(name.encode()) <= NAME_BYTES_MAX:
             return False
         if len(self.by_name) < MEMBERS_MAX:
@@ -242,7 +249,7 @@ def card_fields(card: Card) -> tuple[Any, ...]:
     return (card.name, rank, card.world_size, card.job, card.host, card.pid, card.version, *card.endpoints)
 
 
-def card_of(fields: list[Any], incarnation: int) -> Card:
+def card_of(fields: Sequence[Any], incarnation: int) -> Card:
     """The card in the first ten fields of a message."""
     name, rank, world_size, job, host, pid, version, data, control, bulk = fields[:10]
     return Card(

@@ -1,7 +1,9 @@
-"""The publisher's part of the protocol: registrations, acknowledgements, repairs, markers and heartbeats (RULES P1 to P7)."""
+"""The publisher's part: registrations, acknowledgements, repairs, markers and heartbeats (RULES P1 to P7)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
 
 from fabric.config import Policy, Start
 from fabric.core.events import Broadcast, Buffer, BurstClosed, FeedOpened, SendBulk
@@ -21,7 +23,10 @@ REGISTRATIONS_PER_PEER_MAX = 4096
 
 
 class _Registration:
-    """A subscription of a member. `joins`: where it began in each feed that it matches; a repeated HELLO gets the same answer."""
+    """A subscription of a member.
+
+    `joins`: where it began in each feed that it matches; a repeated HELLO gets the same answer.
+    """
 
     __slots__ = ("best_effort", "from_start", "joins", "pattern", "reader", "start")
 
@@ -79,12 +84,9 @@ class Publishing:
 
     # Registrations.
 
-    def register(self, peer: Peer, fields: list[object]) -> None:
+    def register(self, peer: Peer, fields: Sequence[Any]) -> None:
         """A subscription of a peer (S1). Its first registration fixes its join offsets."""
         number, text, start, delivery, from_start, positions = fields
-        assert (
-            isinstance(number, int) and isinstance(text, str) and isinstance(start, str) and isinstance(positions, list)
-        )
         if peer.is_gone:  # an old HELLO; nobody would ever acknowledge
             self._context.counts[Drop.STALE] += 1
             return
@@ -102,7 +104,7 @@ class Publishing:
             registration = mine[number] = _Registration(
                 (peer.name, number), pattern, start, delivery == "best_effort", bool(from_start)
             )
-            stated = {feed: floor for feed, floor in positions}
+            stated = dict(positions)
             for out in self.feeds.values():
                 if pattern.matches(out.topic):
                     self._enrol(registration, out, stated.get(out.feed, 0 if from_start else out.join_offset(start)))

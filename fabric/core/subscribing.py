@@ -98,7 +98,10 @@ class Subscribing:
     # Registering.
 
     def registrations(self) -> list[tuple[Any, ...]]:
-        """All subscriptions, as HELLO carries them to a member that is new to us: it owes everything from its offset 0."""
+        """All subscriptions, as HELLO carries them to a member that is new to us.
+
+        It owes everything from its offset 0.
+        """
         return [self._fields(subscription, True, ()) for subscription in self.subscriptions.values()]
 
     def welcome(self, peer: Peer) -> None:
@@ -112,7 +115,7 @@ class Subscribing:
                     self._context.send(peer.name, Kind.STATUS, topic, inbound.incarnation)
 
     @staticmethod
-    def _fields(subscription: _Subscription, from_start: bool, positions: Any) -> tuple[Any, ...]:
+    def _fields(subscription: _Subscription, from_start: bool, positions: object) -> tuple[Any, ...]:
         return (
             subscription.number,
             subscription.pattern,

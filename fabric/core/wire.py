@@ -2,13 +2,13 @@
 
 All numbers are little-endian. Every frame ends with the XXH3-64 checksum of all bytes before it.
 
-    DATA     feed u64 | "TF" | version u8 | kind u8 | flags u16 | codec u16 | incarnation u64 | first u64 | count u32 | schema u32 |
-             published_ns i64 | columns or nonces | bodies | checksum u64
-    CONTROL  "TF" | version u8 | kind u8 | reserved u32 | source u64 | incarnation u64 | msgpack array | checksum u64
-    BULK     a frame like those of CONTROL, then the chunk as a second frame
+    DATA     feed u64 | "TF" | version u8 | kind u8 | flags u16 | codec u16 | incarnation u64 | first u64 | count u32
+    | schema u32 | published_ns i64 | columns or nonces | bodies | checksum u64 CONTROL  "TF" | version u8 | kind u8
+    | reserved u32 | source u64 | incarnation u64 | msgpack array | checksum u64 BULK     a frame like those of
+    CONTROL, then the chunk as a second frame
 
-The columns of a burst are whole arrays, one after the other: seeds i64, sequences i64, previous i64, lengths u32, metadata
-lengths u32 (only if flagged), kinds u8. A record's body is its metadata (a msgpack map) and then its value.
+The columns of a burst are whole arrays, one after the other: seeds i64, sequences i64, previous i64, lengths u32,
+metadata lengths u32 (only if flagged), kinds u8. A record's body is its metadata (a msgpack map) and then its value.
 
 `feed` stands first because SUB matches on a prefix. Decoding is total: any bytes give a value or `WireFormatError`.
 """
@@ -19,7 +19,8 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum, StrEnum
 from itertools import accumulate
 from operator import lt
-from struct import Struct, error as StructError, pack, unpack_from
+from struct import Struct, pack, unpack_from
+from struct import error as StructError
 from typing import Any
 
 import msgpack
@@ -77,7 +78,8 @@ _U64_END = 2**64
 OFFSET_END = 2**63
 """Offsets are 0 <= offset < OFFSET_END: `previous` is a signed column."""
 _ENTRIES_MAX = 4096
-"""Entries in one list of a message; the longest of ours are acknowledgements, 4000. Bounds what a hostile length costs."""
+"""Entries in one list of a message; the longest of ours are acknowledgements, 4000. Bounds what a hostile length
+costs."""
 _COLUMN_BYTES = 8 + 8 + 8 + 4 + 1
 assert (_DATA.size, _CONTROL.size, _DESCRIPTOR.size) == (48, 24, 16)
 
@@ -114,7 +116,10 @@ class Kind(IntEnum):
 
 
 class Drop(StrEnum):
-    """Why something did not reach the application, or a frame was not taken: one enum for counters, metrics and letters."""
+    """Why something did not reach the application, or a frame was not taken.
+
+    One enum for counters, metrics and letters.
+    """
 
     TRUNCATED = "truncated"
     MAGIC = "magic"
@@ -150,7 +155,10 @@ def member_id(name: str) -> int:
 
 
 def feed_id(name: str, incarnation: int, topic: str) -> int:
-    """The u64 of a feed: XXH3-64 of publisher, incarnation and topic. Two feeds of one fabric meet with probability 2**-64."""
+    """The u64 of a feed: XXH3-64 of publisher, incarnation and topic.
+
+    Two feeds of one fabric meet with probability 2**-64.
+    """
     return checksum_of(f"{name}\0{incarnation}\0{topic}".encode())
 
 
@@ -163,8 +171,10 @@ def feed_prefix(feed: int) -> bytes:
 
 
 class Burst:
-    """Consecutive records of one feed. Columns are unpacked on first use; a burst delivered whole in order needs none of them
-    in the core. `payloads` holds fetched values of addressed records, by offset."""
+    """Consecutive records of one feed.
+
+    Columns are unpacked on first use. `payloads` holds fetched values of addressed records, by offset.
+    """
 
     __slots__ = (
         "_columns",
@@ -202,7 +212,10 @@ class Burst:
 
     @property
     def columns(self) -> tuple[Any, ...]:
-        """(seeds, sequences, previous, kinds, starts, metadata lengths or None); `starts` has one entry more than records."""
+        """(seeds, sequences, previous, kinds, starts, metadata lengths or None).
+
+        `starts` has one entry more than records.
+        """
         if self._columns is None:
             self._columns = self._unpack()
         return self._columns
@@ -265,7 +278,10 @@ def encode_burst(
     bodies: Sequence[bytes],
     metadata: Sequence[bytes] | None = None,
 ) -> bytes:
-    """One DATA frame. `metadata`, if any record has some, holds packed maps beside the bodies, which are without them."""
+    """One DATA frame.
+
+    `metadata`, if any record has some, holds packed maps beside the bodies, which are without them.
+    """
     n, packed_kinds = len(bodies), bytes(kinds)
     flags = (HAS_METADATA if metadata else 0) | (HAS_ADDRESSED if max(packed_kinds) & ADDRESSED else 0)
     lengths: Iterable[int] = map(len, bodies)
@@ -290,7 +306,7 @@ def encode_marker(feed: int, incarnation: int, end: int, published_ns: int, nonc
 
 
 def decode_data(frame: bytes) -> tuple[Burst, None] | tuple[Burst, tuple[int, ...]]:
-    """A burst and None, or, for a marker, an empty burst whose `first` is the feed's end and the nonces that it echoes."""
+    """A burst and None; or, for a marker, an empty burst whose `first` is the feed's end, and the echoed nonces."""
     try:
         feed, magic, version, kind, flags, codec, incarnation, first, count, schema, published_ns = _DATA.unpack_from(
             frame
@@ -356,7 +372,7 @@ class Control:
 class Each:
     """A list whose entries all have the types `shape`."""
 
-    def __init__(self, *shape: Any) -> None:
+    def __init__(self, *shape: object) -> None:
         self.shape = shape
 
 
@@ -369,7 +385,8 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.HELLO: (*_CARD, int, Each(*_REGISTRATION)),
     # subscription, pattern, start, delivery, resume from 0, positions (feed, floor)
     Kind.REGISTER: _REGISTRATION,
-    # subscription, number of feeds that match it by now, some of them: (feed, topic, policy, join offset, end, first available)
+    # subscription, number of feeds that match it by now, some of them: (feed, topic, policy, join offset, end, first
+    # available)
     Kind.REGISTERED: (int, int, Each(int, str, str, int, int, int)),
     Kind.UNREGISTER: (int,),
     # (subscription, feed, floor)
@@ -384,7 +401,8 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.UNKNOWN: (int,),
     # topic, incarnation that the subscriber is at
     Kind.STATUS: (str, int),
-    # topic, that incarnation, the following one and its feed, first available and end of the old, whether that end is exact
+    # topic, that incarnation, the following one and its feed, first available and end of the old, whether that end is
+    # exact
     Kind.FIN: (str, int, int, int, int, int, bool),
     # the newest incarnation of you that was seen
     Kind.FENCED: (int,),
@@ -409,9 +427,9 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
 }
 
 
-def encode_control(kind: Kind, source: int, incarnation: int, *fields: Any) -> bytes:
+def encode_control(kind: Kind, source: int, incarnation: int, *fields: object) -> bytes:
     """One CONTROL frame, or the header frame of a chunk."""
-    frame = _CONTROL.pack(MAGIC, VERSION, kind, 0, source, incarnation) + msgpack.packb(fields)
+    frame: bytes = _CONTROL.pack(MAGIC, VERSION, kind, 0, source, incarnation) + msgpack.packb(fields)
     return frame + _TRAILER.pack(checksum_of(frame))
 
 
@@ -440,13 +458,13 @@ def decode_control(frame: bytes) -> Control:
 _FIELDS_BY_CODE = {int(kind): (kind, shape) for kind, shape in FIELDS.items()}
 
 
-def _has_shape(values: Any, shape: tuple[Any, ...]) -> bool:
+def _has_shape(values: object, shape: tuple[Any, ...]) -> bool:
     if type(values) is not list or len(values) != len(shape):
         return False
     return all(_is_of(value, wanted) for value, wanted in zip(values, shape, strict=True))
 
 
-def _is_of(value: Any, wanted: Any) -> bool:
+def _is_of(value: object, wanted: object) -> bool:
     if type(wanted) is Each:
         if type(value) is not list:
             return False

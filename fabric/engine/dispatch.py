@@ -1,8 +1,9 @@
 """Where handlers run: never under the engine's lock, one at a time, each lane in order.
 
-A message whose handler raised is tried again after a while; what follows in its lane waits behind it, other lanes go on. After the
-last attempt it becomes a dead letter. In `thread` mode one thread runs all handlers of a member and drives the engine while it
-waits; in `step` mode they run inside `Fabric.step` and `Fabric.serve`, and inside `request` while that waits.
+A message whose handler raised is tried again after a while; what follows in its lane waits behind it, other lanes go
+on. After the last attempt it becomes a dead letter. In `thread` mode one thread runs all handlers of a member and
+drives the engine while it waits; in `step` mode they run inside `Fabric.step` and `Fabric.serve`, and inside
+`request` while that waits.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ log = logging.getLogger("fabric.handlers")
 
 MS, S = 1_000_000, 1_000_000_000
 RETRY_FIRST_NS = 100 * MS
-"""A handler that raised is tried again after this, then after twice as long each time (reliability notes, section 4.11)."""
+"""A handler that raised is tried again after this, then after twice as long each time (reliability notes, section
+4.11)."""
 FAILURE_TEXT_MAX = 2048
 INLINE_BYTES_MAX = 64 * 1024
 """Values of requests and replies below this size travel in their frame."""
@@ -112,8 +114,9 @@ class Dispatcher:
                 engine.until(lambda: self._closing or self.has_work(), wait_s, patient=True)
             except FabricError:
                 return
-            while not self._closing and self.run_one():
-                pass
+            while self.run_one():
+                if self._closing:
+                    return
 
     @property
     def is_current(self) -> bool:
@@ -155,7 +158,10 @@ class Dispatcher:
             self._running.release()
 
     def run_until(self, is_over: Callable[[], bool], timeout_s: float) -> bool:
-        """Run handlers as they get work, until `is_over()`; False after the time. For `step` mode and for waiting requests."""
+        """Run handlers as they get work, until `is_over()`; False after the time.
+
+        For `step` mode and for waiting requests.
+        """
         engine = self.engine
         deadline_ns = engine.clock() + int(timeout_s * S)
         while not is_over():

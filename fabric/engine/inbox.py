@@ -1,4 +1,4 @@
-"""What was delivered to one subscription: the queue between the driver, who fills it, and the application, who empties it."""
+"""What was delivered to one subscription: a queue that the driver fills and the application empties."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ GAPS_KEPT_MAX = 1000
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Offsets `first <= offset < end` of a feed that can no longer be had; `end` is None where nobody knows how far it goes."""
+    """Offsets `first <= offset < end` of a feed that can no longer be had.
+
+    `end` is None where nobody knows how far it goes.
+    """
 
     source: str
     topic: str
@@ -99,7 +102,7 @@ class Hand:
             self._tell(first, end, item.size if end == item.burst.first + self.rows[-1] + 1 else 0)
 
     def settle_until(self, position: int) -> None:
-        """The rows before `position` (an index into `rows`) were handled, in order, but for those counted in `dropped`."""
+        """The rows before `position`, an index into `rows`, were handled, but for those counted in `dropped`."""
         if position <= self._next:
             return
         if position >= len(self.rows):
@@ -118,7 +121,10 @@ class Hand:
         self._next, self._left = position, self._left - done
 
     def settle_one(self, position: int, reason: str | None = None) -> None:
-        """One row, in any order, was handled, or dropped for a reason. Unwanted rows between go with the row after them."""
+        """One row, in any order, was handled, or dropped for a reason.
+
+        Unwanted rows between go with the row after them.
+        """
         item, row = self.item, self.rows[position]
         offset = item.burst.first + row
         first = offset

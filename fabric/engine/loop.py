@@ -1,8 +1,9 @@
-"""The engine: feeds the core with what happened and executes its commands. It knows sockets and memory, and no protocol.
+"""The engine: feeds the core with what happened and executes its commands. It knows no protocol.
 
-Driving means holding `lock`; nobody holds it while asleep. Whoever drives takes a *turn*: what was submitted, what was received,
-what is due. A turn ends after `turn_bursts_max` frames or `turn_us_max`. Any thread may `submit` an event: if the lock is free the
-submitter takes it along, otherwise the holder does before it lets go (DESIGN section 3, "Who drives").
+Driving means holding `lock`; nobody holds it while asleep. Whoever drives takes a *turn*: what was submitted, what
+was received, what is due. A turn ends after `turn_bursts_max` frames or `turn_us_max`. Any thread may `submit` an
+event: if the lock is free the submitter takes it along, otherwise the holder does before it lets go (DESIGN section
+3, "Who drives").
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class Waits(Protocol):
     """How a thread waits: asleep on descriptors, or, in a simulated world, by letting the world go on."""
 
     def until(self, engine: Engine, is_over: Callable[[], bool], deadline_ns: int, *, patient: bool = False) -> None:
-        """Drive and wait until `is_over()` or the deadline; a patient waiter leaves driving to others where that is kinder."""
+        """Drive and wait until `is_over()` or the deadline.
+
+        A patient waiter leaves driving to others where that is kinder.
+        """
 
     def submitted(self, engine: Engine) -> None:
         """Something was submitted or became due earlier: somebody has to see to it."""
@@ -163,14 +167,14 @@ class Engine:
             self.push()
         return bool(more)
 
-    def _guard(self, work: Callable[[], bool | None]) -> bool | None:
+    def _guard(self, work: Callable[[], int]) -> int:
         """The top of the engine loop: what escapes from here breaks the engine, and all who wait are told."""
         if self.broken is not None or self.closed:
             self._submitted.clear()
             return False
         try:
             return work()
-        except Exception as error:  # noqa: BLE001 - the one place where our own mistakes end
+        except Exception as error:
             self.broken = error
             log.exception("the engine of %s broke", self.card.name)
             self.on_progress()
@@ -426,7 +430,10 @@ class Engine:
             del self._payloads[key]
 
     def _is_requested(self, key: tuple[int, int]) -> bool:
-        """Whether this is the value of a request or reply: those are handed over by key, those of records with their burst."""
+        """Whether this is the value of a request or reply.
+
+        Those are handed over by key, those of records with their burst.
+        """
         return key[0] not in self.core.following.feeds
 
     def _drop_payload(self, command: events.DropPayload) -> None:

@@ -1,15 +1,15 @@
 """A publisher's open burst and its numbering, under a lock of its own; the core sees a closed burst as one event.
 
-Room is reserved when a burst is opened, for all that it may take, so that a record is numbered only when nothing can refuse it
-any more (RULES N2). Values on a device are numbered at once and leave when their copies are done; what follows in the feed waits
-behind them.
+Room is reserved when a burst is opened, for all that it may take, so that a record is numbered only when nothing can
+refuse it any more (RULES N2). Values on a device are numbered at once and leave when their copies are done; what
+follows in the feed waits behind them.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -126,7 +126,7 @@ class Outbox:
         # Fast path: a few bytes into an open burst of a known lane.
         if value.__class__ is bytes and metadata is None and seed.__class__ is int:
             with self.lock:
-                size = len(value) + RECORD_BYTES  # type: ignore[arg-type]  # its class is bytes
+                size = len(value) + RECORD_BYTES
                 lane = self._lanes.get(seed)
                 if lane is not None and self.bodies and size < PLAIN_BYTES_MAX and self.size + size <= BURST_BYTES_MAX:
                     sequence = lane[0]
@@ -134,7 +134,7 @@ class Outbox:
                     self.sequences.append(sequence)
                     self.previous.append(lane[1])
                     self.kinds.append(BYTES)
-                    self.bodies.append(value)  # type: ignore[arg-type]
+                    self.bodies.append(value)
                     self.size += size
                     lane[0] = sequence + 1
                     lane[1] = self.next
@@ -148,8 +148,10 @@ class Outbox:
         return self._publish_small(planned.kind, planned.tobytes(), seed, packed)
 
     def publish_many(self, values: Any, *, seeds: Any) -> list[int]:  # noqa: ANN401 - any sequences
-        """Publish each of `values` in the lane of the seed beside it; returns their sequences. Raises as `publish`; then those
-        before it were taken. Raises `ValueError` if there are not as many seeds as values."""
+        """Publish each of `values` in the lane of the seed beside it; returns their sequences.
+
+        Raises as `publish`; then those before it were taken. `ValueError`: there are not as many seeds as values.
+        """
         if len(values) != len(seeds):
             raise ValueError(f"{len(values)} values and {len(seeds)} seeds")
         return [self.publish(value, seed=seed) for value, seed in zip(values, map(check_seed, seeds), strict=True)]
@@ -287,7 +289,10 @@ class Outbox:
     # Leaving.
 
     def close_if_due(self, now: int) -> int:
-        """Close the open burst if it is old enough; returns when it is due next, 0 if nothing waits. Called by the driver."""
+        """Close the open burst if it is old enough; returns when it is due next, 0 if nothing waits.
+
+        Called by the driver.
+        """
         if not self.lock.acquire(blocking=False):
             return now + 100 * US
         try:
@@ -346,7 +351,10 @@ class Outbox:
 
 
 def pack_metadata(metadata: Mapping[str, object]) -> bytes:
-    """A map of small facts as msgpack. Raises `UnsupportedValueError` for other keys and values, `PayloadTooLargeError`."""
+    """A map of small facts as msgpack.
+
+    Raises `UnsupportedValueError` for other keys and values, `PayloadTooLargeError`.
+    """
     if not all(isinstance(key, str) for key in metadata):
         raise UnsupportedValueError("use str keys", kind="a key that is no str", where="metadata")
     try:

@@ -37,7 +37,10 @@ class Membership(Protocol):
 
 
 class ProcessMembership:
-    """Membership of a real process. `leave` are the steps that undo what `join` did, run in order, each whatever the others do."""
+    """Membership of a real process.
+
+    `leave` are the steps that undo what `join` did, run in order, each whatever the others do.
+    """
 
     def __init__(self, engine: Engine, waits: ThreadedWaits, leave: list[Callable[[], None]]) -> None:
         self._engine, self._waits, self._leave = engine, waits, leave
@@ -97,9 +100,9 @@ atexit.register(_at_exit)
 
 
 def install_sigterm() -> Callable[[], None]:
-    """Turn SIGTERM into `SystemExit(143)`, so that `with` blocks close; only over the default action, only in the main thread.
+    """Turn SIGTERM into `SystemExit(143)`, so that `with` blocks close; returns what restores the default.
 
-    Returns what restores the default.
+    Only over the default action, and only in the main thread.
     """
     if (
         threading.current_thread() is not threading.main_thread()

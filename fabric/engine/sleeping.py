@@ -1,8 +1,8 @@
-"""Who drives: waiting threads do, asleep on the transport's descriptors in between; a background thread does when nobody waits.
+"""Who drives: waiting threads, asleep on the transport's descriptors in between; else a background thread.
 
-A sleeper has an epoll over the transport's descriptors and an eventfd of its own. Whoever handled something looks whether those who
-sleep now have what they wait for, and signals them. libzmq's descriptors are edge-triggered: a turn ends only when the transport
-said that nothing is left, so the next arrival makes an edge.
+A sleeper has an epoll over the transport's descriptors and an eventfd of its own. Whoever handled something looks
+whether those who sleep now have what they wait for, and signals them. libzmq's descriptors are edge-triggered: a
+turn ends only when the transport said that nothing is left, so the next arrival makes an edge.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ MS = 1_000_000
 PARKED_LOOK_NS = 50 * MS
 """While others wait, and so drive, the background thread only looks whether they still do."""
 RELIEF_NS = 20 * MS
-"""A training thread that drove within this time needs no help; four times the pause, and less than a marker's period."""
+"""A training thread that drove within this time needs no help; four times the pause, and less than a marker's
+period."""
 PATIENCE_NS = 1000 * MS
 """A patient waiter looks by itself this often."""
 
@@ -110,7 +111,10 @@ class ThreadedWaits:
     # Waiting threads.
 
     def until(self, engine: Engine, is_over: Callable[[], bool], deadline_ns: int, *, patient: bool = False) -> None:
-        """Drive and sleep in turn until it is over. A `patient` waiter leaves driving to a training thread, while there is one."""
+        """Drive and sleep in turn until it is over.
+
+        A `patient` waiter leaves driving to a training thread, while there is one.
+        """
         while patient and self.training and not is_over() and engine.clock() < deadline_ns:
             self._sit_out(engine, is_over, deadline_ns)
         sleeper = self._enter(engine, is_over)
@@ -171,9 +175,9 @@ class ThreadedWaits:
         """What is due moved: wake who would sleep past it. A training thread comes by itself, with its next step."""
         if self.training:
             return
-        sleepers = [*self._waiting, self._background] if self._background is not None else self._waiting
-        for sleeper in sleepers:
-            if sleeper is not None and sleeper.until_ns > engine.due_ns:
+        background = [self._background] if self._background is not None else []
+        for sleeper in [*self._waiting, *background]:
+            if sleeper.until_ns > engine.due_ns:
                 sleeper.signal()
                 return
 
@@ -196,7 +200,10 @@ class ThreadedWaits:
                 sleeper.sleep(engine.clock(), engine.due_ns)
 
     def _relieve(self, engine: Engine, now: int) -> None:
-        """In a process that trains: drive only if the training thread has not for a while, and then at most once in a pause."""
+        """In a process that trains.
+
+        Drive only if the training thread has not for a while, and then at most once in a pause.
+        """
         wait_ns = engine.turned_ns + RELIEF_NS - now
         if wait_ns <= 0:
             engine.turn()
