@@ -16,12 +16,12 @@ from fabric.engine.loop import Engine
 from fabric.engine.process import ProcessMembership, install_sigterm
 from fabric.engine.sleeping import ThreadedWaits
 from fabric.errors import ConfigError, JoinTimeoutError, RendezvousError, VersionMismatchError, shortened
-from fabric.rendezvous import Card, Rendezvous, announce, find, open_rendezvous, this_host, withdraw
+from fabric.rendezvous import Card, announce, find, open_rendezvous, this_host, withdraw
 from transports import Endpoints
 from transports.base import SocketLimits
 from transports.zeromq import ZeroMQTransport
 
-__all__ = ["join", "observe"]
+__all__ = ["Entry", "enter_job", "enter_rank", "join", "observe"]
 
 FEEDS_FOLLOWED_MAX = 65_536
 """Feeds that one member may follow at once: each is a subscribed prefix."""
@@ -45,10 +45,23 @@ def join(
 
     Raises `JoinTimeoutError` naming the missing ranks, `VersionMismatchError`, `RendezvousError`, `ConfigError`.
     """
+    return _seat(enter_rank(config, rank, world_size, rendezvous, job, state_directory, timeout_s))
+
+
+def enter_rank(
+    config: FabricConfig | None,
+    rank: int | None,
+    world_size: int | None,
+    rendezvous: str | None,
+    job: str | None,
+    state_directory: object,
+    timeout_s: float,
+) -> Entry:
+    """All of `join` but for the face; its parameters."""
     if state_directory is not None:
         raise ConfigError("durable state does not exist yet", field="state_directory")
     began = time.monotonic()
-    entry = _Entry(config or FabricConfig())
+    entry = Entry(config or FabricConfig())
     try:
         meeting = open_rendezvous(
             rendezvous, rank=rank, world_size=world_size, job=job, ask=entry.ask, roster=entry.roster
@@ -57,7 +70,8 @@ def join(
         entry.open(f"rank-{identity.rank}", identity.rank, identity.world_size, identity.job)
         entry.leave.append(meeting.close)
         cards = meeting.meet(entry.card, timeout_s=timeout_s)
-        return entry.finish(cards, began + timeout_s, meeting)
+        entry.greet(cards, began + timeout_s)
+        return entry
     except BaseException:
         entry.give_up()
         raise
@@ -77,8 +91,15 @@ def observe(
     and goes. Its subscriptions are best effort unless they say `delivery="reliable"`. Raises
     `RendezvousError` if no job, or more than one, is found, and `JoinTimeoutError`.
     """
+    return _seat(enter_job(job, name, address, config, timeout_s))
+
+
+def enter_job(
+    job: str | None, name: str, address: str | None, config: FabricConfig | None, timeout_s: float
+) -> Entry:
+    """All of `observe` but for the face; its parameters."""
     deadline = time.monotonic() + timeout_s
-    entry = _Entry(config or FabricConfig())
+    entry = Entry(config or FabricConfig())
     try:
         if address is None:
             cards = _the_job(job, entry.config)
@@ -88,10 +109,17 @@ def observe(
                 raise ConfigError("an address needs the name of its job", field="job")
             entry.open(name, None, 1, job)
             cards = entry.ask(address, entry.card, timeout_s)
-        return entry.finish(cards, deadline, None)
+        entry.greet(cards, deadline)
+        return entry
     except BaseException:
         entry.give_up()
         raise
+
+
+def _seat(entry: Entry) -> Fabric:
+    fabric = Fabric(entry.engine, Dispatcher(entry.engine), entry.membership)
+    entry.hand_over(lambda: fabric.close(timeout_s=1.0))
+    return fabric
 
 
 def _the_job(job: str | None, config: FabricConfig) -> list[Card]:
@@ -104,14 +132,14 @@ def _the_job(job: str | None, config: FabricConfig) -> list[Card]:
     return [card for card in cards if card.job == jobs[0]]
 
 
-class _Entry:
-    """A member in the making."""
+class Entry:
+    """A member in the making; its face is put on it last."""
 
     def __init__(self, config: FabricConfig) -> None:
         self.config = config
         self.leave: list[Callable[[], None]] = []
         self._engine: Engine | None = None
-        self._waits = ThreadedWaits()
+        self.waits = ThreadedWaits()
         self._membership: ProcessMembership | None = None
 
     def open(self, name: str, rank: int | None, world_size: int, job: str) -> None:
@@ -130,16 +158,22 @@ class _Entry:
             version=VERSION,
             endpoints=(endpoints.data, endpoints.control, endpoints.bulk),
         )
-        engine = self._engine = Engine(_to_event(self.card), self.config, transport, time.monotonic_ns, self._waits)
-        self._membership = ProcessMembership(engine, self._waits, self.leave)
+        engine = self._engine = Engine(_to_event(self.card), self.config, transport, time.monotonic_ns, self.waits)
+        self._membership = ProcessMembership(engine, self.waits, self.leave)
         engine.on_connect = self._membership.remember
-        self._waits.start(engine)
+        self.waits.start(engine)
 
     @property
     def engine(self) -> Engine:
         """The engine, once it is open."""
         assert self._engine is not None, "open comes first"
         return self._engine
+
+    @property
+    def membership(self) -> ProcessMembership:
+        """What leaves, once it is open."""
+        assert self._membership is not None, "open comes first"
+        return self._membership
 
     def roster(self) -> list[Card]:
         """The cards of the ranks that have reached us."""
@@ -167,10 +201,9 @@ class _Entry:
                 engine.transport.disconnect(key)
         return self.roster()
 
-    def finish(self, cards: list[Card], deadline: float, meeting: Rendezvous | None) -> Fabric:
+    def greet(self, cards: list[Card], deadline: float) -> None:
         """Greet all members and wait until they know us, and we their subscriptions."""
-        engine, membership = self.engine, self._membership
-        assert membership is not None
+        engine = self.engine
         others = {card.name for card in cards if card.name != self.card.name}
         for card in cards:
             engine.submit(events.PeerAnnounced(_to_event(card)))
@@ -189,11 +222,12 @@ class _Entry:
         if self.card.rank is not None:
             announce(self.card, directory=directory)
             self.leave.insert(0, lambda: withdraw(self.card, directory=directory))
+
+    def hand_over(self, on_exit: Callable[[], object]) -> None:
+        """It has its face: SIGTERM leaves by `with`, and the end of the process by `on_exit`. From the user's thread."""
         if self.config.install_signal_handler:
             self.leave.append(install_sigterm())
-        fabric = Fabric(engine, Dispatcher(engine), membership)
-        membership.on_exit = lambda: fabric.close(timeout_s=1.0)
-        return fabric
+        self.membership.on_exit = on_exit
 
     def give_up(self) -> None:
         """Undo what was done so far."""

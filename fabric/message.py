@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import msgpack
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fabric.core.lanes import InboundFeed
     from fabric.core.wire import Burst
 
-__all__ = ["Message", "Reply", "Request", "unpack_metadata"]
+__all__ = ["HeldMessage", "Message", "Reply", "Request", "TriedMessage", "unpack_metadata"]
 
 _ABSENT: Any = object()
 
@@ -40,26 +40,46 @@ class Message:
     inference tensors. A view keeps the whole burst or payload alive.
     """
 
-    __slots__ = ("_burst", "_feed", "_row", "_settle", "_value", "attempt", "redelivered")
+    __slots__ = ("_burst", "_feed", "_row", "_value", "seed", "sequence")
+
+    attempt = 1
+    """Which attempt of its handler this is, from 1."""
+    redelivered = False
+    """Whether it comes again, out of its place in its lane."""
 
     def __init__(
-        self, burst: Burst, row: int, feed: InboundFeed, settle: Callable[[Message, str | None], None] | None
+        self,
+        burst: Burst,
+        row: int,
+        feed: InboundFeed,
+        seed: int,
+        sequence: int,
+        value: Any = _ABSENT,  # noqa: ANN401 - whatever was published
     ) -> None:
-        self._burst, self._row, self._feed, self._settle = burst, row, feed, settle
-        self._value = _ABSENT
-        self.attempt = 1
-        self.redelivered = False
+        self._burst, self._row, self._feed, self._value = burst, row, feed, value
+        self.seed = seed
+        """The seed that it was published under."""
+        self.sequence = sequence
+        """Its number in its lane, dense from 0 in each incarnation."""
+
+    @classmethod
+    def at(cls, burst: Burst, row: int, feed: InboundFeed) -> Self:
+        """The message in a row of a burst."""
+        columns = burst.columns
+        return cls(burst, row, feed, columns[0][row], columns[1][row])
 
     @property
     def value(self) -> Any:  # noqa: ANN401 - whatever was published
         """What was published. Raises `SchemaError` if it cannot be decoded."""
-        if self._value is _ABSENT:
+        value = self._value
+        if value is _ABSENT:
             kind = self._burst.columns[3][self._row]
             if kind == BYTES:
-                self._value = self._burst.body(self._row)
+                value = self._burst.body(self._row)
             else:
-                self._value = decode(kind & ~ADDRESSED, self._blob())
-        return self._value
+                value = decode(kind & ~ADDRESSED, self._blob())
+            self._value = value
+        return value
 
     def _blob(self) -> memoryview:
         burst, row = self._burst, self._row
@@ -67,18 +87,6 @@ class Message:
             assert burst.payloads is not None, "an addressed record is handed over with its payload"
             return memoryview(burst.payloads[burst.first + row])
         return memoryview(burst.body(row))
-
-    @property
-    def seed(self) -> int:
-        """The seed that it was published under."""
-        seed: int = self._burst.columns[0][self._row]
-        return seed
-
-    @property
-    def sequence(self) -> int:
-        """Its number in its lane, dense from 0 in each incarnation."""
-        sequence: int = self._burst.columns[1][self._row]
-        return sequence
 
     @property
     def offset(self) -> int:
@@ -124,19 +132,45 @@ class Message:
 
     def acknowledge(self) -> None:
         """It is handled, and with it all that precede it in its lane. Without effect unless `acknowledge="manual"`."""
-        if self._settle is not None:
-            self._settle(self, None)
 
     def reject(self, reason: str) -> None:
-        """It will not be handled.
+        """It will not be handled: it becomes a dead letter; all that precede it in its lane are handled.
 
-        It becomes a dead letter with this reason, and all that precede it in its lane are handled.
+        Without effect unless `acknowledge="manual"`.
         """
-        if self._settle is not None:
-            self._settle(self, reason)
 
     def __repr__(self) -> str:
         return f"Message({self.source}/{self.topic}, seed={self.seed}, sequence={self.sequence})"
+
+
+class HeldMessage(Message):
+    """A message in the hand of an application that acknowledges by itself."""
+
+    __slots__ = ("_settle",)
+
+    def __init__(
+        self, burst: Burst, row: int, feed: InboundFeed, settle: Callable[[Message, str | None], None]
+    ) -> None:
+        super().__init__(burst, row, feed, burst.columns[0][row], burst.columns[1][row])
+        self._settle = settle
+
+    def acknowledge(self) -> None:
+        """It is handled, and with it all that precede it in its lane."""
+        self._settle(self, None)
+
+    def reject(self, reason: str) -> None:
+        """It becomes a dead letter with this reason; all that precede it in its lane are handled."""
+        self._settle(self, reason)
+
+
+class TriedMessage(Message):
+    """A message as a handler sees it; it may be tried again."""
+
+    __slots__ = ("attempt",)
+
+    def __init__(self, burst: Burst, row: int, feed: InboundFeed) -> None:
+        super().__init__(burst, row, feed, burst.columns[0][row], burst.columns[1][row])
+        self.attempt = 1
 
 
 class Request:

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise, repeat
 from typing import TYPE_CHECKING, Any
 
 from fabric.core import events
 from fabric.core.wire import TOMBSTONE, Drop
 from fabric.engine.inbox import Gap, Hand, Inbox
+from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import ClosedError, PayloadError, ReceiveTimeoutError, WrongThreadError
-from fabric.message import Message
+from fabric.message import HeldMessage, Message
+from fabric.payloads import BYTES
 
 if TYPE_CHECKING:
     from fabric.engine.loop import Engine
 
-__all__ = ["Subscription"]
+__all__ = ["Subscription", "SubscriptionBase"]
 
 
-class Subscription:
-    """What `Fabric.subscribe` returns. It belongs to one thread at a time.
+class SubscriptionBase:
+    """Taking what is here, and settling it: what both faces share. Nobody waits here."""
 
-    With `acknowledge="auto"` a message counts as handled when the next one is asked for; with `"manual"`, when `acknowledge()` or
-    `reject()` is called on it or on a later one of its lane.
-    """
-
-    def __init__(self, engine: Engine, inbox: Inbox, pattern: str, *, manual: bool, owning: bool, idle_timeout_s: float) -> None:
+    def __init__(
+        self, engine: Engine, inbox: Inbox, pattern: str, *, manual: bool, owning: bool, idle_timeout_s: float
+    ) -> None:
         self.pattern = pattern
         self._engine, self._inbox, self._owning, self._idle_timeout_s = engine, inbox, owning, idle_timeout_s
         self._hand: Hand | None = None
@@ -45,42 +46,67 @@ class Subscription:
     # Taking.
 
     def drain(self) -> Iterator[Message]:
-        """The messages that are here now, oldest first of each lane; never waits."""
-        self._require_open()
-        self._look()
-        return self._messages(wait_s=None)
+        """The messages that are here now, oldest first of each lane; never waits.
 
-    def receive(self, *, timeout_s: float = 10.0, into: Any = None) -> Message:  # noqa: ANN401 - tensors
-        """The next message; waits for it. Its value is copied into the tensors `into`, whole or not at all, if given.
-
-        Raises `ReceiveTimeoutError`, `ClosedError` (also when all feeds are over), `BrokenError`, and with `into` `SchemaError`: then
-        the message stays the next one.
+        The call itself says that what was handed out before is handled, whether or not the result is used.
         """
         self._enter()
         try:
-            message = self._next()
-            if message is None:
-                message = self._wait(timeout_s)
-            if into is not None:
-                try:
-                    message.copy_into(into)
-                except PayloadError:
-                    self._at -= 1
-                    raise
-                message._value = into  # the package's own
-            return message
+            self._settle_hand()
         finally:
             self._user.release()
+        self._look()
+        return self._messages()
 
-    def receive_many(self, n: int, *, timeout_s: float = 10.0) -> list[Message]:
-        """At least one and at most `n` messages; waits for the first. All of them are in hand until the next call. Raises as
-        `receive`."""
-        messages = [self.receive(timeout_s=timeout_s)]
+    def _settle_hand(self) -> None:
+        if self._hand is not None and not self._manual:
+            self._hand.settle_until(self._at + 1)
+
+    def _messages(self, wait: Callable[[], Message | None] | None = None) -> Iterator[Message]:
+        """What is here; with `wait` also what that brings, until it brings nothing."""
+        while True:
+            self._enter()
+            try:
+                message = self._next(look=wait is not None)
+                if message is None and wait is not None:
+                    message = wait()
+            finally:
+                self._user.release()
+            if message is None:
+                return
+            yield message
+            hand = self._hand
+            if hand is None or self._manual or hand.item.feed.latest:
+                continue
+            # Fast path: the rest of the burst, without asking anybody. The position is kept row by row, so that whoever
+            # breaks off or takes messages in between finds it right.
+            for at, message in self._rest_of_hand(hand):
+                self._at = at
+                yield message
+                if self._at != at or self._hand is not hand:
+                    break
+
+    def _copy_into(self, message: Message, into: Any) -> None:  # noqa: ANN401 - tensors
+        """Copy the value of the message that was just taken; if that fails it stays the next one."""
+        try:
+            message.copy_into(into)
+        except PayloadError:
+            self._at -= 1
+            if self._manual:
+                self._unsettled[message._feed, message.seed].pop()
+            raise
+        message._value = into  # the package's own
+
+    def _take_more(self, messages: list[Message], n: int) -> list[Message]:
+        """Add what is here until there are `n`."""
         self._enter(settle=False)
         try:
             while len(messages) < n:
-                if self._hand is not None and not (self._manual or self._owning or self._hand.item.feed.latest):
-                    messages += self._rest_of_hand(n - len(messages))
+                hand = self._hand
+                if hand is not None and not (self._manual or hand.item.feed.latest):
+                    rest = [message for _, message in islice(self._rest_of_hand(hand), n - len(messages))]
+                    self._at += len(rest)
+                    messages += rest
                     if len(messages) == n:
                         break
                 message = self._next(keep=True)
@@ -91,65 +117,35 @@ class Subscription:
             self._user.release()
         return messages
 
-    def _rest_of_hand(self, most: int) -> list[Message]:
-        """Fast path: messages of the burst in hand, as many as are asked for and none that was lost at its source."""
-        hand = self._hand
-        assert hand is not None
-        burst, feed = hand.item.burst, hand.item.feed
-        rows = hand.rows[self._at + 1 : self._at + 1 + most]
-        kinds = burst.columns[3]
-        if TOMBSTONE in kinds:
-            return []
-        self._at += len(rows)
-        return [Message(burst, row, feed, None) for row in rows]
+    def _rest_of_hand(self, hand: Hand) -> Iterator[tuple[int, Message]]:
+        """The messages after the one that was handed out last, with their positions; stops at one that was lost at its source."""
+        begin, burst, feed = self._at + 1, hand.item.burst, hand.item.feed
+        rows = hand.rows[begin:]
+        seeds, sequences, _, kinds, starts, metadata = burst.columns
+        if self._owning or TOMBSTONE in kinds:
+            return iter(())
+        at = range(begin, len(hand.rows))
+        if isinstance(rows, range) and metadata is None and kinds.count(BYTES) == len(kinds):
+            frame, first = burst.frame, rows.start
+            bodies = [frame[a:b] for a, b in pairwise(starts[first:])]
+            return zip(at, map(Message, repeat(burst), rows, repeat(feed), seeds[first:], sequences[first:], bodies))
+        return zip(at, [Message(burst, row, feed, seeds[row], sequences[row]) for row in rows])
 
-    def __iter__(self) -> Iterator[Message]:
-        """All messages, until every feed is over. Raises `ReceiveTimeoutError` after `idle_timeout_s` without any."""
-        self._require_open()
-        return self._messages(wait_s=self._idle_timeout_s)
-
-    def _messages(self, wait_s: float | None) -> Iterator[Message]:
-        while True:
-            self._enter()
-            try:
-                message = self._next(look=wait_s is not None)
-                if message is None and wait_s is not None:
-                    message = self._wait(wait_s, ending=True)
-            finally:
-                self._user.release()
-            if message is None:
-                return
-            yield message
-            hand = self._hand
-            if hand is None or self._manual or hand.item.feed.latest:
-                continue
-            # Fast path: the rest of the burst, without asking anybody. Row by row, so that breaking off settles what was handled.
-            burst, feed, rows, kinds = hand.item.burst, hand.item.feed, hand.rows, hand.item.burst.columns[3]
-            owning = self._owning
-            while self._hand is hand and self._at + 1 < len(rows):
-                self._at = at = self._at + 1
-                row = rows[at]
-                if kinds[row] == TOMBSTONE:
-                    hand.drop(Drop.LOST_AT_SOURCE)
-                    continue
-                message = Message(burst, row, feed, None)
-                if owning:
-                    message.own()
-                yield message
-
-    def _wait(self, timeout_s: float, *, ending: bool = False) -> Message:
+    def _waiting(self, timeout_s: float, *, ending: bool = False) -> Steps[Message | None]:
+        """The steps of waiting for a message. None comes only where all feeds are over, and only if `ending`."""
         inbox, engine = self._inbox, self._engine
         began = engine.clock()
         while True:
             left_s = timeout_s - (engine.clock() - began) / 1e9
-            arrived = engine.until(lambda: bool(inbox.items) or inbox.ended or self._closed, max(0.0, left_s))
+            arrived = yield Wait(lambda: bool(inbox.items) or inbox.ended or self._closed, max(0.0, left_s))
             message = self._next()
             if message is not None:
                 return message
             if self._closed or (inbox.ended and not inbox.items):
                 if ending and not self._closed:
-                    return None  # type: ignore[return-value]  # only `_messages` asks for an end
-                raise ClosedError(what=f"the subscription to {self.pattern}" if self._closed else f"every feed of {self.pattern}")
+                    return None
+                what = f"the subscription to {self.pattern}" if self._closed else f"every feed of {self.pattern}"
+                raise ClosedError(what=what)
             if not arrived:
                 state = f"{len(inbox.open)} feeds open, last at {self._position()}"
                 raise ReceiveTimeoutError("no message", waited_s=timeout_s, state=state)
@@ -190,9 +186,9 @@ class Subscription:
                 hand.drop(reason)
             return None
         if not self._manual:
-            return Message(burst, row, item.feed, None)
+            return Message.at(burst, row, item.feed)
         self._unsettled.setdefault((item.feed, seed), deque()).append((burst.first + row, hand, at))
-        return Message(burst, row, item.feed, self._settle_message)
+        return HeldMessage(burst, row, item.feed, self._settle_message)
 
     def _turn_page(self, keep: bool, look: bool) -> bool:
         """The burst in hand is handled; take the next one, if there is one."""
@@ -205,6 +201,8 @@ class Subscription:
                 hand.settle_all()
         if look and not items:
             self._look()
+        else:
+            self._engine.waits.attended(self._engine)
         if not items:
             return False
         item = items.popleft()
@@ -226,8 +224,7 @@ class Subscription:
 
     def _look(self) -> None:
         """See to the sockets, if nobody does."""
-        if not self._engine.lock.locked():
-            self._engine.turn()
+        self._engine.attend()
 
     # Handling.
 
@@ -253,7 +250,9 @@ class Subscription:
             with self._engine.lock:
                 subscription = self._engine.core.subscribing.subscriptions.get(self._inbox.number)
                 feeds = list(subscription.feeds.values()) if subscription else []
-                return {f"{feed.source}/{feed.topic}": (feed.incarnation, feed.floor, list(feed.settled)) for feed in feeds}
+                return {
+                    f"{feed.source}/{feed.topic}": (feed.incarnation, feed.floor, list(feed.settled)) for feed in feeds
+                }
         finally:
             self._user.release()
 
@@ -276,8 +275,7 @@ class Subscription:
 
     # Ending.
 
-    def close(self) -> None:
-        """Take nothing more; publishers owe nothing more. Twice is once."""
+    def _close(self) -> None:
         if self._closed:
             return
         self._closed = True
@@ -308,13 +306,59 @@ class Subscription:
                 hand.settle_all()
             self._earlier.clear()
 
+    def __repr__(self) -> str:
+        return f"Subscription({self.pattern!r}, waiting={len(self._inbox.items)}, feeds={len(self._inbox.open)})"
+
+
+class Subscription(SubscriptionBase):
+    """What `Fabric.subscribe` returns. It belongs to one thread at a time.
+
+    With `acknowledge="auto"` a message counts as handled when the next one is asked for; with `"manual"`, when
+    `acknowledge()` or `reject()` is called on it or on a later one of its lane.
+    """
+
+    def receive(self, *, timeout_s: float = 10.0, into: Any = None) -> Message:  # noqa: ANN401 - tensors
+        """The next message; waits for it. Its value is copied into the tensors `into`, whole or not at all, if given.
+
+        Raises `ReceiveTimeoutError`, `ClosedError` (also when all feeds are over), `BrokenError`, and with `into`
+        `SchemaError`: then the message stays the next one.
+        """
+        self._enter()
+        try:
+            message = self._next()
+            if message is None:
+                message = self._wait(timeout_s)
+                assert message is not None, "nobody asked for an end"
+            if into is not None:
+                self._copy_into(message, into)
+            return message
+        finally:
+            self._user.release()
+
+    def receive_many(self, n: int, *, timeout_s: float = 10.0) -> list[Message]:
+        """At least one and at most `n` messages; waits for the first. Raises as `receive`.
+
+        All of them are in hand until the next call.
+        """
+        return self._take_more([self.receive(timeout_s=timeout_s)], n)
+
+    def __iter__(self) -> Iterator[Message]:
+        """All messages, until every feed is over. Raises `ReceiveTimeoutError` after `idle_timeout_s` without any."""
+        self._require_open()
+        return self._messages(lambda: self._wait(self._idle_timeout_s, ending=True))
+
+    def _wait(self, timeout_s: float, *, ending: bool = False) -> Message | None:
+        return run_steps(self._waiting(timeout_s, ending=ending), self._until)
+
+    def _until(self, wait: Wait) -> bool:
+        return self._engine.until(wait.is_over, wait.timeout_s)
+
+    def close(self) -> None:
+        """Take nothing more; publishers owe nothing more. Twice is once."""
+        self._close()
+
     def __enter__(self) -> Subscription:
         return self
 
     def __exit__(self, *details: object) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        return f"Subscription({self.pattern!r}, waiting={len(self._inbox.items)}, feeds={len(self._inbox.open)})"
-
-

@@ -250,6 +250,8 @@ class Following:
             return
         left = max(inbound.room.left for inbound in followed.inbounds)
         if left <= 0 and not any(inbound.held for inbound in followed.inbounds):
+            followed.pull_due_ns = 0  # nobody has to wake up for it: what is settled, and each heartbeat, tries again
+            self._note(followed)
             return
         followed.token += 1
         followed.asked_first, followed.asked_end = next(iter(wanted))[0], wanted.end

@@ -382,7 +382,7 @@ class InboundFeed:
         if offset in self.lost:
             return min(limit, self.lost.end_of(offset)), reason
         if self.fin is not None and offset >= self.fin:
-            return limit, Drop.GAP
+            return limit, Drop.BEST_EFFORT if self.best_effort else Drop.GAP
         return offset, reason
 
     def learn(self, first_available: int, end: int, lost: Iterable[tuple[int, int]] = ()) -> None:
@@ -411,12 +411,13 @@ class InboundFeed:
 
     def missing(self, target: int, *, most: int) -> list[tuple[int, int]]:
         """At most `most` ranges below `target` that were not received and are not gone, lowest first (S5)."""
+        target = target if self.fin is None else min(target, self.fin)
         if self.best_effort or self.next >= target:
             return []
-        ranges = []
+        ranges: list[tuple[int, int]] = []
         ceiling = max(self.held) if self.held and self.room.left <= 0 else target
         for first, end in self.have.missing(max(self.next, self.first_available), min(target, ceiling)):
-            ranges += [(a, b) for a, b in self.lost.missing(first, end) if self.fin is None or a < self.fin]
+            ranges += self.lost.missing(first, end)
             if len(ranges) >= most:
                 break
         return ranges[:most]

@@ -20,6 +20,8 @@ MEMBERS_MAX = 1024
 NAME_BYTES_MAX = 255
 ZOMBIES_MAX = 16
 """Connections to older lives of members; the oldest gives way."""
+LIVES_REMEMBERED_MAX = 4
+"""Earlier lives of one member whose cards are remembered."""
 
 
 class Context:
@@ -54,6 +56,7 @@ class Peer:
     """A member that we know of, ourselves included."""
 
     __slots__ = (
+        "before",
         "card",
         "data_heard_ns",
         "heard_ns",
@@ -69,6 +72,8 @@ class Peer:
 
     def __init__(self, card: Card, now: int) -> None:
         self.card, self.name, self.id = card, card.name, member_id(card.name)
+        self.before: tuple[Card, ...] = ()
+        """Its latest earlier lives: one that still sends is a zombie, and this is where it can be told."""
         self.state = "known"
         self.sees_us = False
         """Whether it has told us that it knows this incarnation of us."""
@@ -138,6 +143,8 @@ class Members:
             context.counts[Drop.NO_ROOM] += 1
             return None
         peer = Peer(card, context.now)
+        if known is not None:
+            peer.before = (known.card, *known.before)[:LIVES_REMEMBERED_MAX]
         self._add(peer)
         context.emit(ConnectPeer(peer.name, card))
         context.wake_by(context.now)
@@ -186,6 +193,9 @@ class Members:
         peer = self.by_id.get(message.source)
         if peer is None or message.incarnation != peer.incarnation:
             self._context.counts[Drop.STRANGER if peer is None else Drop.STALE] += 1
+            for zombie in peer.before if peer is not None else ():
+                if zombie.incarnation == message.incarnation:
+                    self._fence(zombie, peer.incarnation)
             return None
         if authenticated is not None and authenticated != peer.name:
             self._context.counts[Drop.IMPOSTOR] += 1

@@ -13,10 +13,12 @@ from fabric.core.lanes import InboundFeed, Room
 from fabric.core.members import MS, Context, Members, Peer
 from fabric.core.wire import Drop, Kind, feed_id
 from fabric.errors import TopicError
-from fabric.topics import check_topic
+from fabric.topics import check_topic, compile_pattern
 
 __all__ = ["Subscribing"]
 
+FEEDS_PER_SUBSCRIPTION_MAX = 100_000
+"""A member that names feeds without end is not followed beyond this: 64 members with 1,500 topics each."""
 REGISTER_FIRST_NS, REGISTER_MAX_NS = 50 * MS, 1000 * MS
 
 
@@ -144,7 +146,7 @@ class Subscribing:
             self._context.send(peer.name, Kind.UNREGISTER, number)
             return
         for feed in feeds:
-            if self._is_sound(peer, feed):
+            if self._is_sound(peer, feed) and compile_pattern(subscription.pattern).matches(feed[1]):
                 self._add_feed(subscription, peer, feed)
             else:
                 self._context.counts[Drop.SHAPE] += 1
@@ -172,7 +174,9 @@ class Subscribing:
     def _add_feed(self, subscription: _Subscription, peer: Peer, feed: list[Any]) -> None:
         key = peer.name, feed[1]
         current = subscription.feeds.get(key)
-        if current is None:
+        if current is None and len(subscription.feeds) >= FEEDS_PER_SUBSCRIPTION_MAX:
+            self._context.counts[Drop.NO_ROOM] += 1
+        elif current is None:
             self._enter(subscription, peer, feed)
         elif current.incarnation < peer.incarnation:
             subscription.later[key] = feed
@@ -207,7 +211,8 @@ class Subscribing:
         """The publisher forgot us: say who we are and where we stand, with the next tick (P6)."""
         subscription = self.subscriptions.get(number)
         if subscription is not None and peer.name not in subscription.asked:
-            subscription.asked[peer.name] = (self._context.now + REGISTER_FIRST_NS, REGISTER_FIRST_NS, False)
+            # From offset 0: what it opened since it forgot us is missed as much as the rest.
+            subscription.asked[peer.name] = (self._context.now + REGISTER_FIRST_NS, REGISTER_FIRST_NS, True)
             self._context.wake_by(self._context.now + REGISTER_FIRST_NS)
 
     def on_heartbeat(self, peer: Peer, feeds: list[tuple[int, int]]) -> None:
@@ -241,7 +246,7 @@ class Subscribing:
                 if source == peer.name and inbound.fin is None:
                     end = told.get(feed_id(source, inbound.incarnation, topic))
                     inbound.known = max(inbound.known, end or 0)
-                    self._finish(inbound, end or 0, exact=end is not None)
+                    self._finish(inbound, 0, exact=end is not None)  # 0: nobody is left to ask for what is missing
 
     def on_death(self, peer: Peer) -> None:
         """A publisher is proven dead: its memory is gone, and where it ended is not known."""

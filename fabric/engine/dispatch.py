@@ -23,7 +23,7 @@ from fabric.core import events
 from fabric.core.wire import ADDRESSED, TOMBSTONE, Drop, checksum_of, encode_descriptor
 from fabric.engine.inbox import Hand, Inbox
 from fabric.errors import FabricError, PayloadError
-from fabric.message import Message, Request
+from fabric.message import Message, Request, TriedMessage
 from fabric.payloads import plan
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class _Handler:
 
     def __init__(self, function: Callable[[Message], object], inbox: Inbox, attempts: int) -> None:
         self.function, self.inbox, self.attempts = function, inbox, attempts
-        self.blocked: dict[tuple[object, int], deque[tuple[Message, Hand, int]]] = {}
+        self.blocked: dict[tuple[object, int], deque[tuple[TriedMessage, Hand, int]]] = {}
         self.retries: list[tuple[int, int, tuple[object, int]]] = []
         self.hand: Hand | None = None
         self.position = 0
@@ -80,13 +80,15 @@ class Dispatcher:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.threaded = engine.config.work.handlers is Handlers.THREAD
+        # On a thread of ours `sys.exit` would end that thread alone, and without a word: there it counts as a failure.
+        self._outcomes: tuple[type[BaseException], ...] = (Exception, SystemExit) if self.threaded else (Exception,)
         self._handlers: list[_Handler] = []
         self._responders: dict[str, Callable[[Request], Any]] = {}
         self._requests: list[tuple[int, int, events.ExecuteRequest, memoryview | None]] = []
         self._order = 0
         self._running = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = threading.Event()
         engine.on_request = self._take_request
 
     def add(self, function: Callable[[Message], object], inbox: Inbox, attempts: int) -> None:
@@ -107,15 +109,15 @@ class Dispatcher:
 
     def _run(self) -> None:
         engine = self.engine
-        while not (self._closing or engine.closed or engine.broken is not None):
+        while not (self._closing.is_set() or engine.closed or engine.broken is not None):
             due_ns = self.due_ns()
             wait_s = 3600.0 if due_ns is None else max(0.0, (due_ns - engine.clock()) / S)
             try:
-                engine.until(lambda: self._closing or self.has_work(), wait_s, patient=True)
+                engine.until(lambda: self._closing.is_set() or self.has_work(), wait_s, patient=True)
             except FabricError:
                 return
             while self.run_one():
-                if self._closing:
+                if self._closing.is_set():
                     return
 
     @property
@@ -146,7 +148,7 @@ class Dispatcher:
 
     def run_one(self) -> bool:
         """Run one handler for one message or request; False if there is nothing to run, or another thread is at it."""
-        if self._closing or not self._running.acquire(blocking=False):
+        if self._closing.is_set() or not self._running.acquire(blocking=False):
             return False
         try:
             if self._requests:
@@ -189,7 +191,7 @@ class Dispatcher:
             handler.hand = None
         row, burst = hand.rows[position], item.burst
         lane = item.feed, burst.columns[0][row]
-        message = Message(burst, row, item.feed, None)
+        message = TriedMessage(burst, row, item.feed)
         if burst.columns[3][row] == TOMBSTONE:
             hand.settle_one(position, Drop.LOST_AT_SOURCE)
         elif lane in handler.blocked:
@@ -222,11 +224,11 @@ class Dispatcher:
         due_ns = self.engine.clock() + RETRY_FIRST_NS * 2 ** (message.attempt - 2)
         heappush(handler.retries, (due_ns, self._order, lane))
 
-    def _attempt(self, handler: _Handler, message: Message, hand: Hand, position: int) -> bool:
+    def _attempt(self, handler: _Handler, message: TriedMessage, hand: Hand, position: int) -> bool:
         """Whether the message is settled: handled, or a dead letter."""
         try:
             handler.function(message)
-        except Exception as error:  # noqa: BLE001 - round a user's handler, whatever it raises is its outcome
+        except self._outcomes as error:  # round a user's handler: whatever it raises is its outcome
             reason = _reason_of(message)
             if reason is None and message.attempt < handler.attempts:
                 message.attempt += 1
@@ -250,7 +252,7 @@ class Dispatcher:
                 raise LookupError(f"no handler for {execute.method!r}")
             kind, inline, large = pack_value(function(request), limit=limit)
             failed = False
-        except Exception as error:  # noqa: BLE001 - round a user's handler, whatever it raises is its outcome
+        except self._outcomes as error:  # round a user's handler: whatever it raises is its outcome
             failed, kind, large = True, 0, None
             inline = msgpack.packb([type(error).__name__, str(error)[:FAILURE_TEXT_MAX]], unicode_errors="replace")
         reply = events.ReplyIssued(execute.peer, execute.incarnation, execute.request, failed, kind, inline, large)
@@ -258,7 +260,7 @@ class Dispatcher:
 
     def close(self, timeout_s: float) -> None:
         """Begin no handler any more; wait for the one that runs."""
-        self._closing = True
+        self._closing.set()
         self.engine.on_progress()
         if self._thread is not None and not self.is_current:
             self._thread.join(timeout=timeout_s)

@@ -93,6 +93,8 @@ class Hand:
     def settle_all(self) -> None:
         """All rows that are not settled yet were handled, but for those counted in `dropped`. The fast way out."""
         item, covers = self.item, self.item.covers
+        if not self._left:
+            return
         self.handled += self._left - self._count_dropped()
         if covers:
             first = covers[0] if self._first is None else self._first

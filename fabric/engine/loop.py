@@ -47,6 +47,9 @@ class Waits(Protocol):
         A patient waiter leaves driving to others where that is kinder.
         """
 
+    def attended(self, engine: Engine) -> None:
+        """The calling thread drives often by itself: nobody else needs to for a while."""
+
     def submitted(self, engine: Engine) -> None:
         """Something was submitted or became due earlier: somebody has to see to it."""
 
@@ -107,7 +110,6 @@ class Engine:
         self._payloads: dict[tuple[int, int], memoryview] = {}
         self._bulk: dict[str, deque[events.SendBulk]] = {}
         self._bulk_bytes: Counter[str] = Counter()
-        self._blocked = False
         self._own_prefixes: set[bytes] = set()
         self._execute: dict[type, Callable[[Any], None]] = {
             events.Deliver: self._deliver,
@@ -158,6 +160,12 @@ class Engine:
                 self.lock.release()
             self.on_progress()
         self.waits.submitted(self)
+
+    def attend(self) -> None:
+        """A thread that is busy with messages takes a turn, if nobody does just now, and keeps the background thread away."""
+        self.waits.attended(self)
+        if not self.lock.locked():
+            self.turn()
 
     def turn(self) -> bool:
         """One turn; takes and releases the lock. Returns whether more may be ready."""
@@ -322,7 +330,6 @@ class Engine:
             self.transport.send(command.peer, Link.CONTROL, (command.frame,))
         except (SendBlockedError, PeerUnreachableError):
             self.counts[Drop.BLOCKED] += 1  # the protocol repeats what matters
-            self._blocked = True
 
     def _send_bulk(self, command: events.SendBulk) -> None:
         if command.peer == self.card.name:
@@ -336,9 +343,7 @@ class Engine:
         self._bulk.setdefault(command.peer, deque()).append(command)
 
     def _flush_bulk(self) -> None:
-        if self._blocked:
-            self._blocked = False
-            self.transport.unblocked()
+        self.transport.unblocked()  # always: until it is told, a pipe that is free again passes for work
         for peer, queue in self._bulk.items():
             while queue:
                 command = queue[0]
@@ -346,7 +351,6 @@ class Engine:
                 try:
                     self.transport.send(peer, Link.BULK, frames)
                 except SendBlockedError:
-                    self._blocked = True
                     break
                 except PeerUnreachableError:
                     self.counts[Drop.BLOCKED] += len(queue)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -22,6 +23,7 @@ from fabric.payloads import BYTES, Pending, Plan, StagingError, plan
 from fabric.topics import check_seed
 
 if TYPE_CHECKING:
+    from fabric.core.feeds import OutFeed
     from fabric.engine.loop import Engine
 
 __all__ = ["METADATA_BYTES_MAX", "Budget", "Outbox", "pack_metadata"]
@@ -32,6 +34,12 @@ PLAIN_BYTES_MAX = 8 * 1024
 """`bytes` up to this size take the shortest way."""
 ROOM = BURST_BYTES_MAX + 16 * 1024
 """Reserved for an open burst: its records and their columns."""
+ATTEND_BURSTS = 32
+"""A thread that fills bursts sees to acknowledgements after so many: 2 MiB, half of what is acknowledged at once."""
+PACE_BYTES = 24 * 1024 * 1024
+"""Ahead of the fastest reader; well below what the sockets hold, 1,000 bursts of 64 KiB."""
+PACE_S = 0.1
+"""The longest that a flooding thread gives way; a reader that has not moved then is not waited for until it does."""
 US = 1_000
 
 
@@ -100,7 +108,10 @@ class Outbox:
         """By seed: the next sequence and the offset of the record before it."""
         self._limit = engine.config.inboxes.payload_bytes_max
         self._leaving: deque[_Closed] = deque()
-        self.room = 0
+        self.room = self._count_full = 0
+        self._stalled_at = -1
+        self._record_bytes = 1
+        """Of the last burst, on average."""
         self._clear()
         engine.outboxes.append(self)
 
@@ -154,7 +165,38 @@ class Outbox:
         """
         if len(values) != len(seeds):
             raise ValueError(f"{len(values)} values and {len(seeds)} seeds")
-        return [self.publish(value, seed=seed) for value, seed in zip(values, map(check_seed, seeds), strict=True)]
+        checked = [seed if seed.__class__ is int and seed >= 0 else check_seed(seed) for seed in seeds]
+        sequences: list[int] = []
+        while len(sequences) < len(values):
+            with self.lock:
+                if self.bodies:
+                    self._append_plain(values, checked, sequences)
+            if len(sequences) < len(values):
+                at = len(sequences)
+                sequences.append(self.publish(values[at], seed=checked[at]))
+        return sequences
+
+    def _append_plain(self, values: Sequence[object], seeds: Sequence[int], sequences: list[int]) -> None:
+        """Append plain bytes to the open burst, from `len(sequences)` on, until it is full or something else comes."""
+        begin, size, offset, lanes = len(sequences), self.size, self.next, self._lanes
+        previous, bodies = self.previous, self.bodies
+        for value, seed in zip(islice(values, begin, None), islice(seeds, begin, None), strict=True):
+            size += len(value) + RECORD_BYTES if value.__class__ is bytes else BURST_BYTES_MAX  # type: ignore[arg-type]
+            lane = lanes.get(seed)
+            if size > BURST_BYTES_MAX or lane is None:
+                break
+            sequences.append(lane[0])
+            previous.append(lane[1])
+            bodies.append(value)  # type: ignore[arg-type]  # its class is bytes
+            lane[0] += 1
+            lane[1] = offset
+            offset += 1
+            self.size = size
+        taken = offset - self.next
+        self.seeds += seeds[begin : begin + taken]
+        self.sequences += sequences[begin:]
+        self.kinds += [BYTES] * taken
+        self.next = offset
 
     def _publish_small(self, kind: int, body: bytes, seed: int, packed: bytes) -> int:
         size = len(body) + len(packed) + RECORD_BYTES
@@ -171,7 +213,10 @@ class Outbox:
                     break
             self._wait_for_room(ROOM)
         if full:
+            self._count_full += 1
             self.engine.push()
+            if self._count_full % ATTEND_BURSTS == 0:
+                self._pace()
         elif self.due_ns and len(self.bodies) == 1:
             self.engine.note_open(self)
         return sequence
@@ -244,6 +289,7 @@ class Outbox:
 
     def _close(self) -> None:
         """End the open burst; it leaves now, or once the copies before it are done."""
+        self._record_bytes = max(1, self.size // len(self.bodies))
         closed = _Closed(self)
         self._leaving.append(closed)
         self._clear()
@@ -330,6 +376,26 @@ class Outbox:
     def has_left(self) -> bool:
         """Whether everything that was taken has left for the core."""
         return not self.bodies and not self._leaving
+
+    def _pace(self) -> None:
+        """A flooding thread sees to the sockets now and then, and gives way when even its fastest reader falls behind.
+
+        What the sockets cannot hold is dropped by PUB and has to be repaired, which costs more than a short wait.
+        """
+        engine = self.engine
+        engine.attend()
+        out = engine.core.publishing.feeds.get(self.topic)
+        if out is None or self._is_near(out) or self._fastest(out) == self._stalled_at:
+            return
+        engine.counts["publish_paced"] += 1
+        if not engine.until(lambda: self._is_near(out), PACE_S):
+            self._stalled_at = self._fastest(out)
+
+    def _fastest(self, out: OutFeed) -> int:
+        return max(list(out.readers.values()), default=self.next)
+
+    def _is_near(self, out: OutFeed) -> bool:
+        return (self.next - self._fastest(out)) * self._record_bytes <= PACE_BYTES
 
     def _wait_for_room(self, room: int) -> None:
         engine = self.engine

@@ -15,11 +15,13 @@ from collections.abc import Callable
 from fabric.engine.loop import Engine
 from transports import Transport
 
-__all__ = ["ThreadedWaits"]
+__all__ = ["Sleeper", "ThreadedWaits"]
 
 MS = 1_000_000
 PARKED_LOOK_NS = 50 * MS
 """While others wait, and so drive, the background thread only looks whether they still do."""
+ATTENDED_NS = 20 * MS
+"""A thread that took a burst within this time still drives: less than a marker's period, more than a scheduler's slice."""
 RELIEF_NS = 20 * MS
 """A training thread that drove within this time needs no help; four times the pause, and less than a marker's
 period."""
@@ -27,10 +29,8 @@ PATIENCE_NS = 1000 * MS
 """A patient waiter looks by itself this often."""
 
 
-class _Sleeper:
+class Sleeper:
     """One thread's place to sleep."""
-
-    __slots__ = ("_epoll", "_event", "is_over", "until_ns")
 
     def __init__(self, transport: Transport) -> None:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -54,6 +54,10 @@ class _Sleeper:
     def signal(self) -> None:
         """Wake up, from any thread."""
         os.eventfd_write(self._event, 1)
+
+    def is_stirred(self) -> bool:
+        """Whether a descriptor is readable now."""
+        return bool(self._epoll.poll(0))
 
     def reset(self) -> None:
         """Forget old signals."""
@@ -90,12 +94,14 @@ class ThreadedWaits:
     def __init__(self) -> None:
         self.training = False
         self._lock = threading.Lock()
-        self._idle: list[_Sleeper] = []
-        self._waiting: list[_Sleeper] = []
+        self._idle: list[Sleeper] = []
+        self._waiting: list[Sleeper] = []
+        self._loops: list[Sleeper] = []
+        """Those of the waiting that are event loops."""
         self._patient: dict[_Nap, Callable[[], bool]] = {}
-        self._left_ns = 0
+        self._left_ns = self._attended_ns = 0
         self._nap = _Nap()
-        self._background: _Sleeper | None = None
+        self._background: Sleeper | None = None
         self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
         self._closing = False
@@ -104,7 +110,7 @@ class ThreadedWaits:
         """Begin to drive in the background."""
         self._engine = engine
         engine.on_progress = self._progress
-        self._background = _Sleeper(engine.transport)
+        self._background = Sleeper(engine.transport)
         self._thread = threading.Thread(target=self._run, name=f"fabric-{engine.card.name}", daemon=True)
         self._thread.start()
 
@@ -143,25 +149,53 @@ class ThreadedWaits:
             with self._lock:
                 del self._patient[nap]
 
-    def _enter(self, engine: Engine, is_over: Callable[[], bool]) -> _Sleeper:
+    def _enter(self, engine: Engine, is_over: Callable[[], bool]) -> Sleeper:
         with self._lock:
-            sleeper = self._idle.pop() if self._idle else _Sleeper(engine.transport)
+            sleeper = self._idle.pop() if self._idle else Sleeper(engine.transport)
             sleeper.is_over = is_over
             sleeper.reset()
             self._waiting.append(sleeper)
         return sleeper
 
-    def _leave(self, engine: Engine, sleeper: _Sleeper) -> None:
+    def _leave(self, engine: Engine, sleeper: Sleeper) -> None:
         with self._lock:
             self._waiting.remove(sleeper)
             if self._closing:
                 sleeper.close()
             else:
                 self._idle.append(sleeper)
-            last = not self._waiting
+        self._left(engine)
+
+    def _left(self, engine: Engine) -> None:
+        last = not self._waiting
         self._left_ns = engine.clock()
         if last and self._background is not None and self._background.until_ns > self._left_ns + PARKED_LOOK_NS // 10:
             self._background.signal()
+
+    # Event loops.
+
+    def attach(self, loop: Sleeper) -> None:
+        """An event loop drives from now on, as a waiting thread would, and is woken as one."""
+        with self._lock:
+            self._waiting.append(loop)
+            self._loops.append(loop)
+
+    def detach(self, engine: Engine, loop: Sleeper) -> None:
+        """It does so no longer. Twice is once."""
+        with self._lock:
+            if loop not in self._loops:
+                return
+            self._waiting.remove(loop)
+            self._loops.remove(loop)
+        self._left(engine)
+
+    def _stand_in(self, engine: Engine) -> None:
+        """A loop may be busy with something else for long: what is due or has arrived does not wait for it."""
+        now = engine.clock()
+        if now - engine.turned_ns > RELIEF_NS and (
+            engine.due_ns <= now or any(loop.is_stirred() for loop in list(self._loops))
+        ):
+            engine.turn()
 
     def _progress(self) -> None:
         for sleeper in list(self._waiting):
@@ -170,6 +204,10 @@ class ThreadedWaits:
         for nap, is_over in list(self._patient.items()):
             if is_over():
                 nap.signal()
+
+    def attended(self, engine: Engine) -> None:
+        """A thread in the middle of a stream of messages: it will be back, unless it is descheduled for longer."""
+        self._attended_ns = engine.clock()
 
     def submitted(self, engine: Engine) -> None:
         """What is due moved: wake who would sleep past it. A training thread comes by itself, with its next step."""
@@ -189,9 +227,11 @@ class ThreadedWaits:
         work = engine.config.work
         while not self._closing and engine.broken is None:
             now = engine.clock()
-            resume_ns = self._left_ns + int(work.parked_ms * MS)
+            resume_ns = max(self._left_ns + int(work.parked_ms * MS), self._attended_ns + ATTENDED_NS)
             if self._waiting:
                 self._nap.sleep(PARKED_LOOK_NS // 10)
+                if self._loops and not self._closing:
+                    self._stand_in(engine)
             elif now < resume_ns:
                 self._nap.sleep(resume_ns - now)
             elif self.training:

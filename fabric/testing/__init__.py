@@ -12,8 +12,9 @@ without luck.
         assert [message.value["step"] for message in inbox.drain()] == list(range(10))
 """
 
+from fabric.testing.checker import Checker, Violation
 from fabric.testing.history import History
 from fabric.testing.world import World
 from transports import FaultPlan
 
-__all__ = ["FaultPlan", "History", "World"]
+__all__ = ["Checker", "FaultPlan", "History", "Violation", "World"]

@@ -95,6 +95,10 @@ class FeedBook:
     policy: str
     when_full: str
     records: list[Published] = field(default_factory=list)
+    previous: list[int] = field(default_factory=list)
+    """By offset, that of the record before it in its lane; -1 for the first."""
+    newest: dict[int, int] = field(default_factory=dict)
+    """By seed, the offset of its latest record."""
     removed: dict[int, Removed] = field(default_factory=dict)
     first_available: int = 0
 
@@ -190,6 +194,8 @@ class History:
             return  # by `publish`, on behalf of `publish_many`
         if offset > len(book.records):
             self.findings.append(("I4", f"{book.key}: offset {offset} follows {len(book.records) - 1}"))
+        book.previous.append(book.newest.get(seed, -1))
+        book.newest[seed] = offset
         book.records.append(Published(seed, sequence, digest_of(value), self._clock()))
 
     # What subscribers say.

@@ -42,6 +42,9 @@ class _Waits:
         """Pump all members until it is over or the time has come."""
         self._world._pump(is_over, deadline_ns)
 
+    def attended(self, engine: Engine) -> None:
+        """There is no background thread to keep away."""
+
     def submitted(self, engine: Engine) -> None:
         """The next round sees to it."""
 

@@ -1,0 +1,274 @@
+"""A member of a fabric: what both faces share. No protocol lives here, and nobody waits here."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from fabric.config import Delivery, Policy, Start, WhenFull, check_policy
+from fabric.core import events
+from fabric.core.wire import feed_id
+from fabric.engine.dispatch import DeadLetter
+from fabric.engine.inbox import Inbox
+from fabric.engine.loop import Engine
+from fabric.engine.steps import Steps, Wait
+from fabric.errors import BrokenError, ClosedError, ConfigError, SubscribeTimeoutError, shortened
+from fabric.message import Message
+from fabric.publisher import PublisherBase
+from fabric.requests import Requests
+from fabric.topics import check_seed, check_topic, compile_pattern
+
+if TYPE_CHECKING:
+    from fabric.engine.process import Membership
+
+__all__ = ["CloseReport", "Member", "PeerInfo", "check_handler", "check_subscription"]
+
+S = 1_000_000_000
+DEAD_LETTERS_KEPT_MAX = 1000
+P = TypeVar("P", bound=PublisherBase)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerInfo:
+    """Another member, as seen from here."""
+
+    name: str
+    rank: int | None
+    state: str
+    """`known`, `joined`, `up`, `suspect`, `down`, `left` or `dead`."""
+    host: str
+    incarnation: int
+    lag: int
+    """Records of ours that it subscribes to and has not acknowledged."""
+    silent_s: float
+    """Since it was last heard."""
+
+
+@dataclass(frozen=True, slots=True)
+class CloseReport:
+    """How a close went.
+
+    `balanced`: everything owed was acknowledged; else `unacknowledged` says what was not, by topic and reader.
+    """
+
+    balanced: bool
+    waited_s: float
+    unacknowledged: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    """{topic: {reader: (first offset not acknowledged, end)}}"""
+
+
+class Member(Generic[P]):
+    """Who this member is, its publishers, its requests, and the steps of what waits."""
+
+    def __init__(self, engine: Engine, membership: Membership) -> None:
+        self._engine, self._membership = engine, membership
+        self._lock = threading.Lock()
+        self._publishers: dict[str, P] = {}
+        self._numbers = itertools.count(1)
+        self._requests = Requests(engine, self._numbers)
+        self._letters: deque[DeadLetter] = deque(maxlen=DEAD_LETTERS_KEPT_MAX)
+        engine.bury = self._bury
+
+    # Who is here.
+
+    @property
+    def rank(self) -> int | None:
+        """Our rank; None for an observer."""
+        return self._engine.card.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return self._engine.card.world_size
+
+    @property
+    def name(self) -> str:
+        """Our name, `rank-3` for a rank."""
+        return self._engine.card.name
+
+    @property
+    def job(self) -> str:
+        """The job that all members belong to."""
+        return self._engine.card.job
+
+    @property
+    def peers(self) -> dict[str, PeerInfo]:
+        """The other members, by name."""
+        engine = self._engine
+        with engine.lock:
+            now, core = engine.clock(), engine.core
+            lags: dict[str, int] = {}
+            for out in core.publishing.feeds.values():
+                for (name, _), floor in out.readers.items():
+                    lags[name] = lags.get(name, 0) + out.end - floor
+            return {
+                peer.name: PeerInfo(
+                    peer.name,
+                    peer.card.rank,
+                    peer.state,
+                    peer.card.host,
+                    peer.incarnation,
+                    lags.get(peer.name, 0),
+                    max(0, now - peer.heard_ns) / S,
+                )
+                for peer in core.members.others()
+            }
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.world_size) if rank != self.rank]
+
+    # Publishing.
+
+    def _publisher(self, topic: str, policy: str, when_full: str | None, sync: str) -> P:
+        if sync not in ("process", "power"):
+            raise ConfigError(f"{sync!r} is neither process nor power", field="sync")
+        chosen, full = check_policy(policy, when_full)
+        publisher = self._publishers.get(topic)
+        if publisher is None:
+            publisher = self._make_publisher(check_topic(topic), chosen, full)
+        if publisher.policy is not chosen or publisher.when_full is not full:
+            raise ConfigError(f"{topic} is {publisher.policy.value} / {publisher.when_full.value} already", field="policy")
+        return publisher
+
+    def _default_publisher(self, topic: str) -> P:
+        return self._make_publisher(check_topic(topic), Policy.RELIABLE, WhenFull.BLOCK)
+
+    def _make_publisher(self, topic: str, policy: Policy, when_full: WhenFull) -> P:
+        engine = self._engine
+        engine.require_open()
+        with self._lock:
+            if topic not in self._publishers:
+                engine.submit(events.FeedOpened(topic, policy))
+                feed = feed_id(self.name, engine.card.incarnation, topic)
+                self._publishers[topic] = self._new_publisher(topic, policy, when_full, feed)
+            return self._publishers[topic]
+
+    @abstractmethod
+    def _new_publisher(self, topic: str, policy: Policy, when_full: WhenFull, feed: int) -> P: ...
+
+    # Subscribing.
+
+    def _opening(
+        self, pattern: str, start: str, delivery: str | None, seeds: frozenset[int] | None
+    ) -> Steps[Inbox]:
+        engine = self._engine
+        engine.require_open()
+        compile_pattern(pattern)
+        delivery = delivery or ("reliable" if self.rank is not None else "best_effort")
+        try:
+            chosen = Start(start), Delivery(delivery)
+        except ValueError as error:
+            raise ConfigError(str(error), field="start or delivery") from None
+        number = next(self._numbers)
+        inbox = engine.inboxes[number] = Inbox(number)
+        confirmed = False
+        try:
+            engine.submit(events.SubscriptionOpened(number, pattern, *chosen, seeds))
+            subscribing, timeout_s = engine.core.subscribing, engine.config.subscribe_timeout_s
+            confirmed = yield Wait(
+                lambda: number in subscribing.subscriptions and not subscribing.unconfirmed(number), timeout_s
+            )
+            if not confirmed:
+                missing = shortened(subscribing.unconfirmed(number))
+                raise SubscribeTimeoutError(
+                    f"{pattern} was not confirmed", waited_s=timeout_s, state=f"missing: {missing}"
+                )
+        finally:
+            if not confirmed:
+                engine.inboxes.pop(number, None)
+                if not engine.closed:
+                    engine.submit(events.SubscriptionClosed(number))
+        return inbox
+
+    # Looking.
+
+    @property
+    def dead_letters(self) -> tuple[DeadLetter, ...]:
+        """The latest records that will not be delivered, with their reasons; at most 1,000, in memory."""
+        return tuple(self._letters)
+
+    def _bury(self, message: Message, reason: str, detail: str) -> None:
+        lane = (message.source, message.topic, message.incarnation, message.seed, message.sequence, message.offset)
+        self._engine.counts["dead_letters"] += 1
+        self._letters.append(DeadLetter(*lane, reason, detail, message.attempt))
+
+    def statistics(self) -> dict[str, int]:
+        """Counters since the start: handled, dropped by each reason, repaired, resent, and moved by the transport."""
+        engine = self._engine
+        with engine.lock:
+            counted = engine.core.statistics() + engine.counts
+            moved = {} if engine.closed else engine.transport.statistics()
+        return dict(sorted({**{str(name): count for name, count in counted.items()}, **moved}.items()))
+
+    # Ending.
+
+    def _flushing(self, timeout_s: float) -> Steps[None]:
+        deadline_ns = self._engine.clock() + int(timeout_s * S)
+        for publisher in list(self._publishers.values()):
+            yield from publisher._flushing(max(0.0, (deadline_ns - self._engine.clock()) / S))
+
+    def _ending(self, timeout_s: float) -> Steps[CloseReport]:
+        """All of a close but for what comes before, the handlers, and what comes after, leaving."""
+        engine = self._engine
+        began = engine.clock()
+        try:
+            for publisher in self._publishers.values():
+                publisher.shut()
+            engine.submit(events.IntakeStopped())
+            yield Wait(self._is_settled, timeout_s)
+            left = self._unacknowledged()
+            engine.submit(events.IntakeStopped(say_bye=True))
+        except (BrokenError, ClosedError):
+            left = self._unacknowledged()
+        return CloseReport(not left, (engine.clock() - began) / S, left)
+
+    def _is_settled(self) -> bool:
+        return all(publisher.has_left for publisher in self._publishers.values()) and not self._unacknowledged()
+
+    def _unacknowledged(self) -> dict[str, dict[str, tuple[int, int]]]:
+        left: dict[str, dict[str, tuple[int, int]]] = {}
+        gone = {name for name, state in list(self._engine.peer_states.items()) if state in ("left", "dead")}
+        for publisher in self._publishers.values():
+            end = publisher.next
+            behind = {
+                name: (floor, end)
+                for (name, _), floor in publisher._readers().items()
+                if floor < end and name not in gone
+            }
+            if behind:
+                left[publisher.topic] = behind
+        return left
+
+    def __repr__(self) -> str:
+        return f"Fabric({self.name}, job={self.job!r}, world_size={self.world_size})"
+
+
+def check_subscription(
+    acknowledge: str, ownership: str, cursor: object, name: str | None, seeds: Iterable[int] | None
+) -> tuple[bool, bool, frozenset[int] | None]:
+    """(manual, owning, seeds) of the options of `subscribe`. Raises `ConfigError`, `SeedError`."""
+    if cursor is not None or name is not None:
+        what = "name" if name else "cursor"
+        raise ConfigError("durable subscriptions need the spill log, which does not exist yet", field=what)
+    manual = _choose("acknowledge", acknowledge, "auto", "manual")
+    owning = _choose("ownership", ownership, "view", "own")
+    return manual, owning, None if seeds is None else frozenset(map(check_seed, seeds))
+
+
+def check_handler(attempts: int, exhausted: str) -> None:
+    """The options of `on`. Raises `ConfigError`."""
+    if exhausted != "skip":
+        raise ConfigError('"park" needs the dead-letter store, which does not exist yet; use "skip"', field="exhausted")
+    if attempts < 1:
+        raise ConfigError("at least one", field="attempts")
+
+
+def _choose(field_name: str, value: str, no: str, yes: str) -> bool:
+    if value not in (no, yes):
+        raise ConfigError(f"{value!r} is neither {no} nor {yes}", field=field_name)
+    return value == yes

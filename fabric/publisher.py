@@ -1,0 +1,67 @@
+"""The publisher's face: an outbox, and what is known of those who read it."""
+
+from __future__ import annotations
+
+from fabric.engine.outbox import Outbox
+from fabric.engine.steps import Steps, Wait, run_steps
+from fabric.errors import WaitTimeoutError, shortened
+
+__all__ = ["Publisher", "PublisherBase"]
+
+
+class PublisherBase(Outbox):
+    """One topic of a member: what both faces share."""
+
+    def _readers(self) -> dict[tuple[str, int], int]:
+        """The first offset that is not acknowledged, by owed subscription of other members: (name, number)."""
+        out = self.engine.core.publishing.feeds.get(self.topic)
+        if out is None:
+            return {}
+        return {reader: floor for reader, floor in list(out.readers.items()) if reader[0] != self.engine.card.name}
+
+    def handled_by(self, offset: int) -> dict[str, bool]:
+        """Whether each owed subscriber of another member has handled the record at this offset."""
+        done: dict[str, bool] = {}
+        for (name, _), floor in self._readers().items():
+            done[name] = done.get(name, True) and floor > offset
+        return done
+
+    def _awaiting_subscribers(self, n: int, timeout_s: float) -> Steps[None]:
+        """The steps of `wait_for_subscribers`."""
+        if not (yield Wait(lambda: len(self._readers()) >= n, timeout_s)):
+            names = sorted(name for name, _ in self._readers())
+            state = f"{len(names)} of {n}: {shortened(names)}"
+            raise WaitTimeoutError(f"{self.topic} has not enough subscribers", waited_s=timeout_s, state=state)
+
+    def _flushing(self, timeout_s: float) -> Steps[None]:
+        """The steps of `flush`."""
+        self.close_burst()
+        end = self.next
+        if not (yield Wait(lambda: self.has_left and all(floor >= end for floor in self._readers().values()), timeout_s)):
+            behind = [f"{name} at {floor}" for (name, _), floor in self._readers().items() if floor < end]
+            text = f"{self.topic} is not acknowledged to {end}"
+            raise WaitTimeoutError(text, waited_s=timeout_s, state=shortened(behind))
+
+    def __repr__(self) -> str:
+        return f"Publisher({self.topic!r}, {self.policy.value}, next={self.next})"
+
+
+class Publisher(PublisherBase):
+    """One topic of this member. Thread-safe."""
+
+    def wait_for_subscribers(self, n: int, *, timeout_s: float = 60.0) -> None:
+        """Until `n` owed subscriptions of other members are registered: each receives the record published next.
+
+        Raises `WaitTimeoutError`.
+        """
+        run_steps(self._awaiting_subscribers(n, timeout_s), self._until)
+
+    def flush(self, *, timeout_s: float = 5.0) -> None:
+        """Until all that was published is acknowledged by the owed subscriptions of other members.
+
+        Raises `WaitTimeoutError`.
+        """
+        run_steps(self._flushing(timeout_s), self._until)
+
+    def _until(self, wait: Wait) -> bool:
+        return self.engine.until(wait.is_over, wait.timeout_s)
