@@ -111,7 +111,7 @@ class Repair:
 
     window_bytes: int = 8 * MIB
     """Asked for at once: the credit of a pull."""
-    chunk_bytes: int = 1 * MIB
+    chunk_bytes: int = 2 * MIB
     """A payload travels in pieces of this size; at most 4 MiB, so that no frame takes longer than a heartbeat."""
     retry_ms_first: int = 20
     """An unanswered pull is repeated after this, doubling up to `retry_ms_max` (reliability notes, section 4.7)."""

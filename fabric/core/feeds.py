@@ -48,6 +48,7 @@ class OutFeed:
         "acknowledged",
         "closed",
         "end",
+        "evicted",
         "feed",
         "incarnation",
         "kept",
@@ -63,7 +64,7 @@ class OutFeed:
 
     def __init__(self, feed: int, topic: str, policy: Policy, incarnation: int) -> None:
         self.feed, self.topic, self.policy, self.incarnation = feed, topic, policy, incarnation
-        self.end = self.acknowledged = 0
+        self.end = self.acknowledged = self.evicted = 0
         self.kept: deque[StoredBurst] = deque()
         self.owed: deque[StoredBurst] = deque()
         self.readers: dict[Reader, int] = {}
@@ -76,7 +77,11 @@ class OutFeed:
 
     @property
     def first_available(self) -> int:
-        """The lowest offset that can still be had."""
+        """Nothing below it can be had, for want of room. What a `latest` feed lacks above it was superseded."""
+        return self.evicted if self.policy is Policy.LATEST else self._oldest
+
+    @property
+    def _oldest(self) -> int:
         return self.kept[0].first if self.kept else self.owed[0].first if self.owed else self.end
 
     @property
@@ -121,11 +126,11 @@ class OutFeed:
     def join_offset(self, start: str) -> int:
         """Where a subscription with this start begins."""
         if start == "retained":
-            return self.first_available
-        return max(self.end - 1, self.first_available) if start == "last" else self.end
+            return self._oldest
+        return max(self.end - 1, self._oldest) if start == "last" else self.end
 
     def __repr__(self) -> str:
-        return f"OutFeed({self.topic}, {self.first_available}..{self.end}, acknowledged={self.acknowledged})"
+        return f"OutFeed({self.topic}, {self._oldest}..{self.end}, acknowledged={self.acknowledged})"
 
 
 class Retention:
@@ -184,8 +189,7 @@ class Retention:
     def _remove_kept(self, out: OutFeed, burst: StoredBurst) -> None:
         out.kept.remove(burst)
         self.kept_bytes -= burst.size
-        if out.kept:
-            heappush(self._oldest, (out.kept[0].serial, out.feed, out))
+        heappush(self._oldest, (out.kept[0].serial, out.feed, out))  # the burst that superseded it is there
 
     def acknowledge(self, out: OutFeed) -> None:
         """The readers of a feed moved or left: what all of them acknowledged is owed no more (P1)."""
@@ -210,7 +214,9 @@ class Retention:
         while self.kept_bytes > self.kept_bytes_max and self._oldest:
             serial, _, out = heappop(self._oldest)
             if out.kept and out.kept[0].serial == serial:
-                self.kept_bytes -= out.kept.popleft().size
+                burst = out.kept.popleft()
+                self.kept_bytes -= burst.size
+                out.evicted = burst.end
             if out.kept:
                 heappush(self._oldest, (out.kept[0].serial, out.feed, out))
 
@@ -229,13 +235,6 @@ class Retention:
             out.acknowledged = max(out.acknowledged, oldest.end)
         self.dropped += dropped
         return dropped
-
-    def forget(self, out: OutFeed) -> None:
-        """The feed is closed and acknowledged: its history goes."""
-        self.kept_bytes -= sum(burst.size for burst in out.kept)
-        self.owed_bytes -= sum(burst.size for burst in out.owed)
-        out.kept.clear()
-        out.owed.clear()
 
     def check_invariants(self, feeds: Iterable[OutFeed]) -> None:
         """Assert the sums, and that `owed` is what some reader needs (I6, I7)."""

@@ -65,6 +65,8 @@ class Following:
         self._dirty_bytes = self._acknowledge_due_ns = self._nonce = 0
         self._restless: dict[int, FollowedFeed] = {}
         """Feeds that wait for a marker or for the answer to a pull; only these need the clock."""
+        self._starved: dict[int, FollowedFeed] = {}
+        """Feeds that miss something and have no room for it; subscriptions share their room among feeds."""
 
     def follow(self, feed: int, peer: Peer, inbound: InboundFeed, end: int) -> None:
         """One more subscription wants this feed, which has `end` records by now."""
@@ -80,13 +82,12 @@ class Following:
 
     def unfollow(self, inbound: InboundFeed) -> None:
         """A subscription is done with a feed."""
-        followed = self.find(inbound)
-        if followed is None:
-            return
+        followed = self.feeds[feed_id(inbound.source, inbound.incarnation, inbound.topic)]
         followed.inbounds.remove(inbound)
         if not followed.inbounds:
             del self.feeds[followed.feed]
             self._restless.pop(followed.feed, None)
+            self._starved.pop(followed.feed, None)
             for offset in inbound.awaiting:
                 self._fetching.end((followed.feed, offset))
             self._context.emit(UnfollowFeed(followed.feed))
@@ -107,6 +108,9 @@ class Following:
             self.acknowledge()
         if followed.far or not followed.live:
             self._pull(followed)
+        if size and self._starved:
+            for starved in list(self._starved.values()):
+                self._pull(starved)
 
     # Receiving.
 
@@ -251,8 +255,10 @@ class Following:
         left = max(inbound.room.left for inbound in followed.inbounds)
         if left <= 0 and not any(inbound.held for inbound in followed.inbounds):
             followed.pull_due_ns = 0  # nobody has to wake up for it: what is settled, and each heartbeat, tries again
+            self._starved[followed.feed] = followed
             self._note(followed)
             return
+        self._starved.pop(followed.feed, None)
         followed.token += 1
         followed.asked_first, followed.asked_end = next(iter(wanted))[0], wanted.end
         followed.pull_due_ns = now + followed.pull_wait_ns

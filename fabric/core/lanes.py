@@ -19,7 +19,7 @@ from heapq import heappop, heappush
 
 from fabric.core.events import Deliver, ReportGap
 from fabric.core.ranges import RangeSet
-from fabric.core.wire import ADDRESSED, Burst, Drop
+from fabric.core.wire import ADDRESSED, NONE, Burst, Drop
 
 __all__ = ["InboundFeed", "Room"]
 
@@ -230,7 +230,9 @@ class InboundFeed:
         return burst
 
     def _expect(self, offset: int, previous: int) -> None:
-        if self._is_taken(previous) or (self.best_effort and previous not in self.held):
+        if self.best_effort and previous not in self.held and not self._is_taken(previous):
+            previous = self._held_before(offset)  # what is absent in between will not come
+        if self._is_taken(previous):
             if offset not in self.awaiting:
                 if len(self._ready) > _STALE_MAX + 2 * len(self.held):
                     self._compact()
@@ -239,6 +241,13 @@ class InboundFeed:
             self._lose(offset, Drop.UNDECODABLE)  # two records name the same one before them: a lane has one way on
         else:
             self._waiting[previous] = offset
+
+    def _held_before(self, offset: int) -> int:
+        """The held record before this one in its lane, or none; best-effort lanes have holes."""
+        burst = self.held[offset]
+        seed = burst.columns[0][offset - burst.first]
+        lane = (at for at, other in self.held.items() if at < offset and other.columns[0][at - other.first] == seed)
+        return max(lane, default=NONE)
 
     def _compact(self) -> None:
         """Forget what gave way: ready offsets and waiting lanes of records that are no longer held."""
@@ -378,7 +387,7 @@ class InboundFeed:
         limit = min((other for other in self.reasons if offset < other < limit), default=limit)
         reason = Drop.BEST_EFFORT if self.best_effort else self.reasons.get(-1, Drop.GAP)
         if offset < self.first_available:
-            return min(limit, self.first_available), reason
+            return min(limit, self.first_available), Drop.BEST_EFFORT if self.best_effort else Drop.GAP
         if offset in self.lost:
             return min(limit, self.lost.end_of(offset)), reason
         if self.fin is not None and offset >= self.fin:

@@ -145,11 +145,12 @@ class FabricCore:
             unbound(message)
             return
         handler = self._messages.get(message.kind)
-        peer = self.members.sender_of(message, event.peer)
-        if handler is None or peer is None:
-            self._count(Drop.KIND if handler is None else Drop.STRANGER)
+        if handler is None:
+            self._count(Drop.KIND)
             return
-        handler(peer, message.fields)
+        peer = self.members.sender_of(message, event.peer)  # which counts whom it refuses
+        if peer is not None:
+            handler(peer, message.fields)
 
     def _on_bulk(self, event: events.BulkReceived) -> None:
         try:

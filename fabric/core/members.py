@@ -193,15 +193,19 @@ class Members:
         peer = self.by_id.get(message.source)
         if peer is None or message.incarnation != peer.incarnation:
             self._context.counts[Drop.STRANGER if peer is None else Drop.STALE] += 1
-            for zombie in peer.before if peer is not None else ():
-                if zombie.incarnation == message.incarnation:
-                    self._fence(zombie, peer.incarnation)
+            if peer is not None:
+                self._tell_zombie(peer, message.incarnation)
             return None
         if authenticated is not None and authenticated != peer.name:
             self._context.counts[Drop.IMPOSTOR] += 1
             return None
         self._heard(peer)
         return peer
+
+    def _tell_zombie(self, peer: Peer, incarnation: int) -> None:
+        for zombie in peer.before:
+            if zombie.incarnation == incarnation:
+                self._fence(zombie, peer.incarnation)
 
     def _heard(self, peer: Peer) -> None:
         peer.heard_ns = self._context.now

@@ -9,6 +9,7 @@ from fabric.config import Policy, Start
 from fabric.core.events import Broadcast, Buffer, BurstClosed, FeedOpened, SendBulk
 from fabric.core.feeds import OutFeed, Reader, Retention
 from fabric.core.members import MS, Context, Members, Peer
+from fabric.core.ranges import RangeSet
 from fabric.core.wire import Drop, Kind, encode_control, encode_marker, feed_id
 from fabric.errors import TopicError
 from fabric.topics import Pattern, compile_pattern
@@ -18,6 +19,10 @@ __all__ = ["Publishing"]
 FEEDS_PER_FRAME = 400
 """Feeds in one REGISTERED: with the longest topics it stays below CONTROL_BYTES_MAX."""
 HEARTBEAT_FEEDS_MAX = 1000
+PULL_RANGES_MAX = 64
+"""Ranges of a pull that are answered; the same as a subscriber asks for at once."""
+UNKNOWN_PER_FRAME_MAX = 64
+"""Answers to one frame of acknowledgements; the rest is told with the next."""
 REGISTRATIONS_PER_PEER_MAX = 4096
 """Subscriptions that one peer may hold here."""
 
@@ -156,15 +161,13 @@ class Publishing:
 
     def on_acknowledge(self, peer: Peer, entries: list[tuple[int, int, int]]) -> None:
         """Cumulative: positions are only raised (S2)."""
+        registered = self._registrations.get(peer.name, {})
+        for number in sorted({number for number, _, _ in entries} - registered.keys())[:UNKNOWN_PER_FRAME_MAX]:
+            self._context.send(peer.name, Kind.UNKNOWN, number)
         for number, feed, floor in entries:
             out = self.by_id.get(feed)
-            reader = (peer.name, number)
-            if out is None or reader not in out.readers:
-                if number not in self._registrations.get(peer.name, ()):
-                    self._context.send(peer.name, Kind.UNKNOWN, number)
-                continue
-            if out.readers[reader] < floor <= out.end:
-                out.readers[reader] = floor
+            if out is not None and out.readers.get((peer.name, number), floor) < floor <= out.end:
+                out.readers[peer.name, number] = floor
                 self._settle(out)
 
     def _settle(self, out: OutFeed) -> None:
@@ -180,7 +183,8 @@ class Publishing:
         if out is None:
             self._context.counts[Drop.STRANGER] += 1
             return
-        bursts, lost = out.select(ranges, min(credit, self._context.config.repair.window_bytes))
+        wanted = list(RangeSet(ranges))[:PULL_RANGES_MAX]  # merged: a range named twice is sent once
+        bursts, lost = out.select(wanted, min(credit, self._context.config.repair.window_bytes))
         for burst in bursts:
             self._bulk(peer, Kind.REPAIR, feed, token, chunk=burst.frame)
             self._context.counts["repaired_bytes"] += len(burst.frame)

@@ -141,6 +141,9 @@ class Subscribing:
 
     def on_registered(self, peer: Peer, number: int, total: int, feeds: list[list[Any]]) -> None:
         """A publisher names feeds that match, with their join offsets."""
+        if peer.is_gone:  # overtaken by its goodbye: what is over must not begin again
+            self._context.counts[Drop.STALE] += 1
+            return
         subscription = self.subscriptions.get(number)
         if subscription is None:
             self._context.send(peer.name, Kind.UNREGISTER, number)

@@ -450,25 +450,27 @@ def decode_control(frame: bytes) -> Control:
         fields = msgpack.unpackb(body, max_array_len=_ENTRIES_MAX, max_map_len=0, max_ext_len=0)
     except (ValueError, RecursionError):
         raise WireFormatError("no msgpack array", reason=Drop.SHAPE) from None
-    if not _has_shape(fields, shape[1]):
+    if not shape[1].fits(fields):
         raise WireFormatError(f"fields of {shape[0].name}", reason=Drop.SHAPE)
     return Control(shape[0], source, incarnation, fields)
 
 
-_FIELDS_BY_CODE = {int(kind): (kind, shape) for kind, shape in FIELDS.items()}
+class _Shape:
+    """What a list of fields must look like, prepared for a quick look: the types first, then the signs of numbers."""
 
+    def __init__(self, wanted: tuple[Any, ...]) -> None:
+        self._types = [list if isinstance(one, Each) else one for one in wanted]
+        self._numbers = [index for index, one in enumerate(wanted) if one is int]
+        self._lists = [(index, _Shape(one.shape)) for index, one in enumerate(wanted) if isinstance(one, Each)]
 
-def _has_shape(values: object, shape: tuple[Any, ...]) -> bool:
-    if type(values) is not list or len(values) != len(shape):
-        return False
-    return all(_is_of(value, wanted) for value, wanted in zip(values, shape, strict=True))
-
-
-def _is_of(value: object, wanted: object) -> bool:
-    if type(wanted) is Each:
-        if type(value) is not list:
+    def fits(self, values: object) -> bool:
+        """Whether these are such fields. msgpack's integers are below 2**64; they may be negative, ours are not."""
+        if type(values) is not list or list(map(type, values)) != self._types:
             return False
-        return all(_has_shape(entry, wanted.shape) for entry in value)
-    if wanted is int:
-        return type(value) is int and 0 <= value < _U64_END
-    return type(value) is wanted
+        for index in self._numbers:
+            if values[index] < 0:
+                return False
+        return all(shape.fits(entry) for index, shape in self._lists for entry in values[index])
+
+
+_FIELDS_BY_CODE = {int(kind): (kind, _Shape(wanted)) for kind, wanted in FIELDS.items()}

@@ -102,6 +102,8 @@ class Engine:
         self.forked_in = 0
         self.fenced_by = 0
         self.due_ns = self.turned_ns = 0
+        self.restless = True
+        """Whether the last turn left something: then nobody may sleep before the next."""
         self.watch: Callable[[object, list[Any]], None] | None = None
         """Told of every event once its commands are executed; a simulated world looks and judges here."""
         self._submitted: deque[Any] = deque()
@@ -162,7 +164,7 @@ class Engine:
         self.waits.submitted(self)
 
     def attend(self) -> None:
-        """A thread that is busy with messages takes a turn, if nobody does just now, and keeps the background thread away."""
+        """A thread that is busy with messages takes a turn, unless somebody does, and keeps the background away."""
         self.waits.attended(self)
         if not self.lock.locked():
             self.turn()
@@ -195,13 +197,13 @@ class Engine:
         handled = self._drain()
         left, more = limits.turn_bursts_max, False
         while True:
-            inbounds = self.transport.receive(min(left, RECEIVED_AT_ONCE))
+            inbounds = self.transport.receive(RECEIVED_AT_ONCE)
             for inbound in inbounds:
                 self._receive(inbound)
             left -= len(inbounds)
             handled += len(inbounds)
-            if len(inbounds) < RECEIVED_AT_ONCE and not inbounds:
-                break
+            if len(inbounds) < RECEIVED_AT_ONCE:
+                break  # fewer than asked for: nothing is left
             if left <= 0 or clock() - began > limits.turn_us_max * US:
                 more = True
                 break
@@ -213,7 +215,8 @@ class Engine:
         self._set_due()
         if handled:
             self.on_progress()
-        return more or bool(self._looped)
+        self.restless = more or bool(self._looped)
+        return self.restless
 
     def note_open(self, outbox: Outbox) -> None:
         """This outbox has an open burst, or copies under way: somebody has to see to it in time. From any thread."""

@@ -18,8 +18,9 @@ import msgpack
 from fabric.config import BURST_BYTES_MAX, Policy, WhenFull
 from fabric.core.events import BurstClosed, RoomNeeded
 from fabric.core.wire import ADDRESSED, NONE, RECORD_BYTES, TOMBSTONE, checksum_of, encode_burst, encode_descriptor
+from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import BrokenError, ClosedError, PayloadTooLargeError, QueueFullError, UnsupportedValueError
-from fabric.payloads import BYTES, Pending, Plan, StagingError, plan
+from fabric.payloads import BYTES, Pending, Plan, PooledBuffer, StagingError, plan
 from fabric.topics import check_seed
 
 if TYPE_CHECKING:
@@ -34,10 +35,12 @@ PLAIN_BYTES_MAX = 8 * 1024
 """`bytes` up to this size take the shortest way."""
 ROOM = BURST_BYTES_MAX + 16 * 1024
 """Reserved for an open burst: its records and their columns."""
-ATTEND_BURSTS = 32
-"""A thread that fills bursts sees to acknowledgements after so many: 2 MiB, half of what is acknowledged at once."""
+ATTEND_BYTES = 2 * 1024 * 1024
+"""A thread that floods sees to the sockets after so many bytes: half of what is acknowledged at once."""
 PACE_BYTES = 24 * 1024 * 1024
 """Ahead of the fastest reader; well below what the sockets hold, 1,000 bursts of 64 KiB."""
+PACE_PAYLOADS = 3
+"""... or so many large values: enough to keep the link busy, few enough that their buffers stay warm."""
 PACE_S = 0.1
 """The longest that a flooding thread gives way; a reader that has not moved then is not waited for until it does."""
 US = 1_000
@@ -108,7 +111,7 @@ class Outbox:
         """By seed: the next sequence and the offset of the record before it."""
         self._limit = engine.config.inboxes.payload_bytes_max
         self._leaving: deque[_Closed] = deque()
-        self.room = self._count_full = 0
+        self.room = self._unpaced = 0
         self._stalled_at = -1
         self._record_bytes = 1
         """Of the last burst, on average."""
@@ -167,6 +170,11 @@ class Outbox:
             raise ValueError(f"{len(values)} values and {len(seeds)} seeds")
         checked = [seed if seed.__class__ is int and seed >= 0 else check_seed(seed) for seed in seeds]
         sequences: list[int] = []
+        self._publish_rest(values, checked, sequences)
+        return sequences
+
+    def _publish_rest(self, values: Sequence[object], checked: Sequence[int], sequences: list[int]) -> None:
+        """Publish the values from `len(sequences)` on; if it raises, `sequences` says what was taken."""
         while len(sequences) < len(values):
             with self.lock:
                 if self.bodies:
@@ -174,7 +182,6 @@ class Outbox:
             if len(sequences) < len(values):
                 at = len(sequences)
                 sequences.append(self.publish(values[at], seed=checked[at]))
-        return sequences
 
     def _append_plain(self, values: Sequence[object], seeds: Sequence[int], sequences: list[int]) -> None:
         """Append plain bytes to the open burst, from `len(sequences)` on, until it is full or something else comes."""
@@ -213,10 +220,8 @@ class Outbox:
                     break
             self._wait_for_room(ROOM)
         if full:
-            self._count_full += 1
             self.engine.push()
-            if self._count_full % ATTEND_BURSTS == 0:
-                self._pace()
+            self._pace(BURST_BYTES_MAX)
         elif self.due_ns and len(self.bodies) == 1:
             self.engine.note_open(self)
         return sequence
@@ -240,17 +245,23 @@ class Outbox:
 
     def _publish_addressed(self, planned: Plan, seed: int, packed: bytes) -> int:
         """The value goes into a buffer of its own, the burst carries its descriptor and leaves at once."""
-        room = ROOM + planned.size
-        buffer = self.engine.pool.take(planned.size)
-        pending: Pending | None = None
+        buffer, pending = self._fill(planned)
         try:
-            if planned.on_device:
-                pending = planned.start(buffer.view, self.engine.device_queue())
-            else:
-                planned.write(buffer.view)
+            sequence = self._take_addressed(buffer, pending, planned.kind | ADDRESSED, seed, packed)
         except BaseException:
-            buffer.release()
+            buffer.release()  # it was not taken
             raise
+        self.engine.push()
+        if pending is not None:
+            self.engine.note_open(self)
+        self._record_bytes = planned.size
+        self._pace(planned.size)
+        return sequence
+
+    def _take_addressed(
+        self, buffer: PooledBuffer, pending: Pending | None, kind: int, seed: int, packed: bytes
+    ) -> int:
+        room = ROOM + len(buffer.view)
         while True:
             with self.lock:
                 self._require_open()
@@ -260,14 +271,21 @@ class Outbox:
                     self.payloads[self.next] = buffer
                     if pending is not None:
                         self.waiting.append((self.next, pending))
-                    sequence = self._append(seed, planned.kind | ADDRESSED, b"", packed, RECORD_BYTES + len(packed))
+                    sequence = self._append(seed, kind, b"", packed, RECORD_BYTES + len(packed))
                     self._close()
-                    break
+                    return sequence
             self._wait_for_room(room)
-        self.engine.push()
-        if pending is not None:
-            self.engine.note_open(self)
-        return sequence
+
+    def _fill(self, planned: Plan) -> tuple[PooledBuffer, Pending | None]:
+        buffer = self.engine.pool.take(planned.size)
+        try:
+            if planned.on_device:
+                return buffer, planned.start(buffer.view, self.engine.device_queue())
+            planned.write(buffer.view)
+        except BaseException:
+            buffer.release()
+            raise
+        return buffer, None
 
     # The open burst; all of these need the lock.
 
@@ -377,27 +395,45 @@ class Outbox:
         """Whether everything that was taken has left for the core."""
         return not self.bodies and not self._leaving
 
-    def _pace(self) -> None:
-        """A flooding thread sees to the sockets now and then, and gives way when even its fastest reader falls behind.
+    def _pace(self, size: int) -> None:
+        """A flooding thread sees to the sockets now and then."""
+        self._unpaced += size
+        if self._unpaced >= ATTEND_BYTES:
+            self._unpaced = 0
+            self.engine.attend()
+            self._give_way()
+
+    def _give_way(self) -> None:
+        run_steps(self._giving_way(), self._until)
+
+    def _giving_way(self) -> Steps[None]:
+        """Wait for a moment when even the fastest reader falls behind.
 
         What the sockets cannot hold is dropped by PUB and has to be repaired, which costs more than a short wait.
         """
         engine = self.engine
-        engine.attend()
         out = engine.core.publishing.feeds.get(self.topic)
         if out is None or self._is_near(out) or self._fastest(out) == self._stalled_at:
             return
         engine.counts["publish_paced"] += 1
-        if not engine.until(lambda: self._is_near(out), PACE_S):
+        if not (yield Wait(lambda: self._is_near(out), PACE_S)):
             self._stalled_at = self._fastest(out)
 
     def _fastest(self, out: OutFeed) -> int:
         return max(list(out.readers.values()), default=self.next)
 
     def _is_near(self, out: OutFeed) -> bool:
-        return (self.next - self._fastest(out)) * self._record_bytes <= PACE_BYTES
+        size = self._record_bytes
+        return (self.next - self._fastest(out)) * size <= max(PACE_BYTES, PACE_PAYLOADS * size)
 
     def _wait_for_room(self, room: int) -> None:
+        run_steps(self._making_room(room), self._until)
+
+    def _until(self, wait: Wait) -> bool:
+        return self.engine.until(wait.is_over, wait.timeout_s)
+
+    def _making_room(self, room: int) -> Steps[None]:
+        """Wait until there is room, as `when_full` says. Raises `QueueFullError`."""
         engine = self.engine
         if self.when_full is WhenFull.DROP_OLDEST:
             engine.submit(RoomNeeded(self.topic, room + self.budget.reserved))
@@ -405,7 +441,7 @@ class Outbox:
                 return
         timeout_s = 0.0 if self.when_full is WhenFull.FAIL else engine.config.retention.publish_timeout_s
         engine.counts["publish_waited"] += 1
-        if not engine.until(lambda: self._has_room(room), timeout_s):
+        if not (yield Wait(lambda: self._has_room(room), timeout_s)):
             limit = engine.config.retention.owed_bytes_max
             raise QueueFullError(
                 queue=f"the retention of {self.topic}", limit=limit, used=self.budget.used, waited_s=timeout_s

@@ -21,7 +21,7 @@ MS = 1_000_000
 PARKED_LOOK_NS = 50 * MS
 """While others wait, and so drive, the background thread only looks whether they still do."""
 ATTENDED_NS = 20 * MS
-"""A thread that took a burst within this time still drives: less than a marker's period, more than a scheduler's slice."""
+"""A thread that took a burst within this time still drives: below a marker's period, above a scheduler's slice."""
 RELIEF_NS = 20 * MS
 """A training thread that drove within this time needs no help; four times the pause, and less than a marker's
 period."""
@@ -42,14 +42,16 @@ class Sleeper:
         self.until_ns = 0
         """When it will wake up by itself; 0 while it is awake."""
 
-    def sleep(self, now_ns: int, until_ns: int) -> None:
-        """Until a descriptor is readable, a signal, or the time."""
-        if until_ns <= now_ns:
-            return
-        self.until_ns = until_ns
-        self._epoll.poll((until_ns - now_ns) / 1e9 + 20e-6)  # epoll rounds up to milliseconds only below Linux 5.11
+    def sleep(self, engine: Engine, deadline_ns: int) -> None:
+        """Until a descriptor is readable, a signal, the deadline, or until something is due."""
+        until_ns = self.until_ns = min(deadline_ns, engine.due_ns)
+        # Looked at again once it is known that we sleep: who changes either first looks whether we do only afterwards.
+        left_ns = min(until_ns, engine.due_ns) - engine.clock()
+        if left_ns > 0 and not self.is_over():
+            for descriptor, _ in self._epoll.poll(left_ns / 1e9 + 20e-6):  # a little more: waking early helps nobody
+                if descriptor == self._event:
+                    self.reset()
         self.until_ns = 0
-        self.reset()
 
     def signal(self) -> None:
         """Wake up, from any thread."""
@@ -125,15 +127,12 @@ class ThreadedWaits:
             self._sit_out(engine, is_over, deadline_ns)
         sleeper = self._enter(engine, is_over)
         try:
-            while not is_over():
+            while not is_over() and engine.clock() < deadline_ns:
                 if patient and self.training:
                     return
-                more = engine.turn()
-                now = engine.clock()
-                if is_over() or now >= deadline_ns:
-                    return
-                if not more:
-                    sleeper.sleep(now, min(deadline_ns, engine.due_ns))
+                if not engine.restless:
+                    sleeper.sleep(engine, deadline_ns)
+                engine.turn()
         finally:
             self._leave(engine, sleeper)
 
@@ -153,7 +152,6 @@ class ThreadedWaits:
         with self._lock:
             sleeper = self._idle.pop() if self._idle else Sleeper(engine.transport)
             sleeper.is_over = is_over
-            sleeper.reset()
             self._waiting.append(sleeper)
         return sleeper
 
@@ -237,7 +235,7 @@ class ThreadedWaits:
             elif self.training:
                 self._relieve(engine, now)
             elif not engine.turn():
-                sleeper.sleep(engine.clock(), engine.due_ns)
+                sleeper.sleep(engine, engine.due_ns)
 
     def _relieve(self, engine: Engine, now: int) -> None:
         """In a process that trains.
