@@ -11,7 +11,7 @@ from fabric.core.fetching import Fetching
 from fabric.core.lanes import InboundFeed
 from fabric.core.members import MS, Context, Peer
 from fabric.core.ranges import RangeSet
-from fabric.core.wire import Burst, Drop, Kind, decode_descriptor, feed_id
+from fabric.core.wire import Burst, Drop, Kind, decode_descriptor
 from fabric.errors import WireFormatError
 
 __all__ = ["FollowedFeed", "Following"]
@@ -78,11 +78,11 @@ class Following:
             self._join(followed)
         followed.inbounds.append(inbound)
         followed.known = max(followed.known, end)
-        self.acknowledge_soon(followed, inbound)
+        self.confirm(inbound)
 
     def unfollow(self, inbound: InboundFeed) -> None:
         """A subscription is done with a feed."""
-        followed = self.feeds[feed_id(inbound.source, inbound.incarnation, inbound.topic)]
+        followed = self.feeds[inbound.feed]
         followed.inbounds.remove(inbound)
         if not followed.inbounds:
             del self.feeds[followed.feed]
@@ -94,7 +94,7 @@ class Following:
 
     def find(self, inbound: InboundFeed) -> FollowedFeed | None:
         """The feed behind what a subscription knows of it."""
-        followed = self.feeds.get(feed_id(inbound.source, inbound.incarnation, inbound.topic))
+        followed = self.feeds.get(inbound.feed)
         return followed if followed is not None and inbound in followed.inbounds else None
 
     def settled(self, inbound: InboundFeed, size: int) -> None:
@@ -124,8 +124,10 @@ class Following:
         followed.pushed = max(followed.pushed, burst.end)
         followed.known = max(followed.known, burst.end)
         self._receive(followed, burst)
-        if followed.inbounds and any(inbound.have for inbound in followed.inbounds):
-            self._pull(followed)
+        for inbound in followed.inbounds:
+            if inbound.have:
+                self._pull(followed)
+                break
 
     def _receive(self, followed: FollowedFeed, burst: Burst) -> None:
         burst.check()
@@ -311,13 +313,20 @@ class Following:
 
     def acknowledge_soon(self, followed: FollowedFeed, inbound: InboundFeed) -> None:
         """The floor of this subscription is worth telling."""
-        peer = followed.peer
-        if inbound.best_effort or peer.is_gone:
-            return
+        if not (inbound.best_effort or followed.peer.is_gone):
+            self._tell_floor(followed, inbound)
+
+    def confirm(self, inbound: InboundFeed) -> None:
+        """Its publisher named this feed to us: say that we know it, a best-effort subscription too."""
+        followed = self.find(inbound)
+        if followed is not None and not followed.peer.is_gone:
+            self._tell_floor(followed, inbound)
+
+    def _tell_floor(self, followed: FollowedFeed, inbound: InboundFeed) -> None:
         if not self._dirty:
             self._acknowledge_due_ns = self._context.now + self._context.config.liveness.acknowledge_ms * MS
             self._context.wake_by(self._acknowledge_due_ns)
-        self._dirty[inbound.subscription, followed.feed] = (peer, inbound)
+        self._dirty[inbound.subscription, followed.feed] = (followed.peer, inbound)
 
     def acknowledge(self) -> None:
         """Tell each publisher how far we are."""

@@ -19,7 +19,7 @@ from heapq import heappop, heappush
 
 from fabric.core.events import Deliver, ReportGap
 from fabric.core.ranges import RangeSet
-from fabric.core.wire import ADDRESSED, NONE, Burst, Drop
+from fabric.core.wire import ADDRESSED, NONE, Burst, Drop, feed_id
 
 __all__ = ["InboundFeed", "Room"]
 
@@ -54,6 +54,7 @@ class InboundFeed:
         "awaiting",
         "best_effort",
         "counts",
+        "feed",
         "fin",
         "first_available",
         "floor",
@@ -90,6 +91,7 @@ class InboundFeed:
         best_effort: bool = False,
     ) -> None:
         self.subscription, self.source, self.topic, self.incarnation = subscription, source, topic, incarnation
+        self.feed = feed_id(source, incarnation, topic)
         self.join = self.floor = self.next = self.known = join
         self.room, self.seeds, self.best_effort = room, seeds, best_effort
         self.first_available = 0
@@ -345,6 +347,9 @@ class InboundFeed:
 
     def advance(self) -> None:
         """Move the floor over what is settled, and over what is gone once it stands there (S6)."""
+        # Fast path: something is in hand at the floor, and nothing waits for it to move.
+        if self.floor < self.next and not self.settled and not self._ready:
+            return
         moved = True
         while moved:
             moved = False

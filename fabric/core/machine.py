@@ -24,6 +24,8 @@ from fabric.errors import WireFormatError
 
 __all__ = ["FabricCore"]
 
+CARDS_PER_FRAME = 200
+"""Cards in one ROSTER, of 1 KiB each at most: a name, a host and three addresses."""
 FETCH_BYTES_MAX = 64 * 1024 * 1024
 """Most bytes of a payload that one FETCH is answered with; the rest is asked for again."""
 
@@ -66,7 +68,7 @@ class FabricCore:
         self._messages: dict[Kind, Callable[[Peer, Sequence[Any]], None]] = {
             Kind.REGISTER: self.publishing.register,
             Kind.REGISTERED: lambda peer, f: self.subscribing.on_registered(peer, *f),
-            Kind.UNREGISTER: lambda peer, f: self.publishing.unregister(peer.name, *f),
+            Kind.UNREGISTER: lambda peer, f: self.publishing.on_unregister(peer, *f),
             Kind.ACKNOWLEDGE: lambda peer, f: self.publishing.on_acknowledge(peer, *f),
             Kind.PULL: lambda peer, f: self.publishing.on_pull(peer, *f),
             Kind.JOIN: lambda peer, f: self.publishing.on_join(*f),
@@ -220,6 +222,8 @@ class FabricCore:
             self.publishing.register(peer, registration)
         if new is not None or message.fields[10] != self.context.incarnation:
             self._hello(peer)
+        else:  # it repeats itself: our answer was lost on its way, and a heartbeat is never answered
+            self.context.send(peer.name, Kind.HEARTBEAT, [], peer.incarnation)
         self.members.greeted(peer, message.fields[10])
 
     def _on_heartbeat(self, peer: Peer, fields: Sequence[Any]) -> None:
@@ -268,7 +272,8 @@ class FabricCore:
         cards = [
             (*card_fields(peer.card), peer.incarnation) for peer in self.members.by_name.values() if not peer.is_gone
         ]
-        self.context.send(card.name, Kind.ROSTER, cards)
+        for begin in range(0, len(cards), CARDS_PER_FRAME):
+            self.context.send(card.name, Kind.ROSTER, cards[begin : begin + CARDS_PER_FRAME])
 
     def _on_roster(self, message: Control) -> None:
         for fields in message.fields[0]:

@@ -30,15 +30,17 @@ REGISTRATIONS_PER_PEER_MAX = 4096
 class _Registration:
     """A subscription of a member.
 
-    `joins`: where it began in each feed that it matches; a repeated HELLO gets the same answer.
+    `joins`: where it began in each feed that it matches; a repeated HELLO gets the same answer. `unproven`: those of which
+    the subscriber has not said that it knows; they are told again.
     """
 
-    __slots__ = ("best_effort", "from_start", "joins", "pattern", "reader", "start")
+    __slots__ = ("best_effort", "from_start", "joins", "pattern", "reader", "start", "unproven")
 
     def __init__(self, reader: Reader, pattern: Pattern, start: str, best_effort: bool, from_start: bool) -> None:
         self.reader, self.pattern, self.start = reader, pattern, start
         self.best_effort, self.from_start = best_effort, from_start
         self.joins: dict[int, int] = {}
+        self.unproven: dict[int, None] = {}
 
 
 class Publishing:
@@ -117,6 +119,7 @@ class Publishing:
 
     def _enrol(self, registration: _Registration, out: OutFeed, join: int) -> None:
         join = registration.joins[out.feed] = min(join, out.end)
+        registration.unproven[out.feed] = None
         if registration.best_effort or out.policy is Policy.LOSSY:
             out.listeners.add(registration.reader)
             return
@@ -138,6 +141,11 @@ class Publishing:
                 for out in feeds[begin : begin + FEEDS_PER_FRAME]
             ]
             self._context.send(name, Kind.REGISTERED, number, len(joins), some)
+
+    def on_unregister(self, peer: Peer, number: int) -> None:
+        """A peer is done with a subscription; it asks until it hears that we do not know it any more."""
+        self.unregister(peer.name, number)
+        self._context.send(peer.name, Kind.UNKNOWN, number)
 
     def unregister(self, name: str, number: int) -> None:
         """A subscription ended."""
@@ -165,6 +173,8 @@ class Publishing:
         for number in sorted({number for number, _, _ in entries} - registered.keys())[:UNKNOWN_PER_FRAME_MAX]:
             self._context.send(peer.name, Kind.UNKNOWN, number)
         for number, feed, floor in entries:
+            if number in registered:
+                registered[number].unproven.pop(feed, None)
             out = self.by_id.get(feed)
             if out is not None and out.readers.get((peer.name, number), floor) < floor <= out.end:
                 out.readers[peer.name, number] = floor
@@ -251,6 +261,9 @@ class Publishing:
         if listed or now - peer.told_ns >= liveness.heartbeat_ms * MS:
             peer.told_ns = now
             self._context.send(peer.name, Kind.HEARTBEAT, listed, peer.incarnation)
+            for registration in self._registrations.get(peer.name, {}).values():
+                if registration.unproven:
+                    self._tell(registration, [self.by_id[feed] for feed in registration.unproven])
 
     def _expire(self, peer: Peer) -> None:
         absent_ns = self._context.config.retention.absent_s * 1000 * MS

@@ -17,6 +17,8 @@ from fabric.topics import check_topic, compile_pattern
 
 __all__ = ["Subscribing"]
 
+HELLO_REGISTRATIONS_MAX = 400
+"""Subscriptions in one HELLO: with the longest patterns it stays below CONTROL_BYTES_MAX. The rest registers alone."""
 FEEDS_PER_SUBSCRIPTION_MAX = 100_000
 """A member that names feeds without end is not followed beyond this: 64 members with 1,500 topics each."""
 REGISTER_FIRST_NS, REGISTER_MAX_NS = 50 * MS, 1000 * MS
@@ -46,6 +48,8 @@ class Subscribing:
         self._context, self._members, self._fetching = context, members, fetching
         self.following = Following(context, fetching)
         self.subscriptions: dict[int, _Subscription] = {}
+        self._leaving: dict[tuple[str, int], tuple[int, int]] = {}
+        """Closed subscriptions of which a peer has to hear: when to tell it again, and the wait after that."""
         self._ended: list[InboundFeed] = []
         """Feeds whose end is not known: what follows their last record is an open gap."""
         self._past: Counter[str] = Counter()
@@ -71,7 +75,13 @@ class Subscribing:
             self._drop_inbound(inbound)
         for peer in self._members.by_name.values():
             if not peer.is_gone:
-                self._context.send(peer.name, Kind.UNREGISTER, number)
+                self._leave(peer, number)
+
+    def _leave(self, peer: Peer, number: int, wait_ns: int = REGISTER_FIRST_NS) -> None:
+        """Repeated until the publisher says that it does not know this subscription: it would owe it for ever."""
+        self._leaving[peer.name, number] = (self._context.now + wait_ns, min(2 * wait_ns, REGISTER_MAX_NS))
+        self._context.wake_by(self._context.now + wait_ns)
+        self._context.send(peer.name, Kind.UNREGISTER, number)
 
     def settle(self, event: MessagesSettled) -> None:
         """Messages were handled, or dropped by the application."""
@@ -79,9 +89,11 @@ class Subscribing:
         if inbound.subscription not in self.subscriptions:
             return
         inbound.counts["handled"] += event.handled
-        if event.dropped:
-            inbound.counts.update(event.dropped)
-        inbound.counts[Drop.NOT_ASKED] += event.end - event.first - event.handled - sum((event.dropped or {}).values())
+        rest = event.end - event.first - event.handled
+        if rest:
+            dropped = event.dropped or {}
+            inbound.counts.update(dropped)
+            inbound.counts[Drop.NOT_ASKED] += rest - sum(dropped.values())
         inbound.settle(event.first, event.end, event.size)
         self.following.settled(inbound, event.size)
         self._check_finished(inbound)
@@ -104,7 +116,8 @@ class Subscribing:
 
         It owes everything from its offset 0.
         """
-        return [self._fields(subscription, True, ()) for subscription in self.subscriptions.values()]
+        some = list(self.subscriptions.values())[:HELLO_REGISTRATIONS_MAX]
+        return [self._fields(subscription, True, ()) for subscription in some]
 
     def welcome(self, peer: Peer) -> None:
         """A member, or a new life of one, is known: its HELLO carries our subscriptions, and it has to confirm them."""
@@ -112,9 +125,17 @@ class Subscribing:
             subscription.confirmed.pop(peer.name, None)
             subscription.asked[peer.name] = (self._context.now + REGISTER_FIRST_NS, REGISTER_FIRST_NS, True)
             self._context.wake_by(self._context.now + REGISTER_FIRST_NS)
+            for key in [key for key in subscription.later if key[0] == peer.name]:
+                del subscription.later[key]  # of a life that is over before we came to it
             for (source, topic), inbound in list(subscription.feeds.items()):
                 if source == peer.name and inbound.incarnation < peer.incarnation and inbound.fin is None:
                     self._context.send(peer.name, Kind.STATUS, topic, inbound.incarnation)
+        self._forget_leaving(peer)
+
+    def _forget_leaving(self, peer: Peer) -> None:
+        """That life of it is over, and what it knew of us."""
+        for key in [key for key in self._leaving if key[0] == peer.name]:
+            del self._leaving[key]
 
     @staticmethod
     def _fields(subscription: _Subscription, from_start: bool, positions: object) -> tuple[Any, ...]:
@@ -188,6 +209,7 @@ class Subscribing:
             self._check_finished(current)
         else:
             current.known = max(current.known, feed[4])
+            self.following.confirm(current)
 
     def _enter(self, subscription: _Subscription, peer: Peer, feed: list[Any]) -> None:
         identity, topic, policy, join, end, first_available = feed
@@ -212,6 +234,7 @@ class Subscribing:
 
     def on_unknown(self, peer: Peer, number: int) -> None:
         """The publisher forgot us: say who we are and where we stand, with the next tick (P6)."""
+        self._leaving.pop((peer.name, number), None)
         subscription = self.subscriptions.get(number)
         if subscription is not None and peer.name not in subscription.asked:
             # From offset 0: what it opened since it forgot us is missed as much as the rest.
@@ -243,6 +266,7 @@ class Subscribing:
     def on_bye(self, peer: Peer, ends: list[tuple[int, int]]) -> None:
         """A publisher closed after it drained. Its ends are exact; what did not come by now will not come."""
         told = dict(ends)
+        self._forget_leaving(peer)
         for subscription in list(self.subscriptions.values()):
             subscription.asked.pop(peer.name, None)
             for (source, topic), inbound in list(subscription.feeds.items()):
@@ -253,6 +277,7 @@ class Subscribing:
 
     def on_death(self, peer: Peer) -> None:
         """A publisher is proven dead: its memory is gone, and where it ended is not known."""
+        self._forget_leaving(peer)
         for subscription in list(self.subscriptions.values()):
             subscription.asked.pop(peer.name, None)
             for (source, _), inbound in list(subscription.feeds.items()):
@@ -261,7 +286,7 @@ class Subscribing:
 
     def _finish(self, inbound: InboundFeed, end: int, *, exact: bool) -> None:
         for offset in list(inbound.awaiting):
-            key = (feed_id(inbound.source, inbound.incarnation, inbound.topic), offset)
+            key = (inbound.feed, offset)
             self._fetching.end(key)
             inbound.payload_lost(offset, Drop.GAP)
         if not exact and not inbound.best_effort:
@@ -322,6 +347,9 @@ class Subscribing:
                 if now >= due_ns and not peer.is_gone:
                     self._register(subscription, peer, from_start=from_start, wait_ns=wait_ns)
             self._ask_about_ends(subscription)
+        for (name, number), (due_ns, wait_ns) in list(self._leaving.items()):
+            if now >= due_ns:
+                self._leave(self._members.by_name[name], number, wait_ns)
         self.following.tick()
 
     def _ask_about_ends(self, subscription: _Subscription) -> None:
@@ -333,6 +361,7 @@ class Subscribing:
     def next_deadline_ns(self) -> int | None:
         """When something has to be repeated or acknowledged."""
         dues = [due for subscription in self.subscriptions.values() for due, _, _ in subscription.asked.values()]
+        dues += [due for due, _ in self._leaving.values()]
         due_ns = self.following.next_deadline_ns()
         return min(dues if due_ns is None else [*dues, due_ns], default=None)
 

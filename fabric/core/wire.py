@@ -77,9 +77,8 @@ _DESCRIPTOR = Struct("<QQ")
 _U64_END = 2**64
 OFFSET_END = 2**63
 """Offsets are 0 <= offset < OFFSET_END: `previous` is a signed column."""
-_ENTRIES_MAX = 4096
-"""Entries in one list of a message; the longest of ours are acknowledgements, 4000. Bounds what a hostile length
-costs."""
+_ENTRIES_MAX = 16_384
+"""Entries in one list of a message; the longest of ours is the farewell, one entry a feed. Bounds a hostile length."""
 _COLUMN_BYTES = 8 + 8 + 8 + 4 + 1
 assert (_DATA.size, _CONTROL.size, _DESCRIPTOR.size) == (48, 24, 16)
 
