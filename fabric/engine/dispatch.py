@@ -8,13 +8,14 @@ drives the engine while it waits; in `step` mode they run inside `Fabric.step` a
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgpack
 
@@ -29,7 +30,7 @@ from fabric.payloads import plan
 if TYPE_CHECKING:
     from fabric.engine.loop import Engine
 
-__all__ = ["DeadLetter", "Dispatcher", "pack_value"]
+__all__ = ["DeadLetter", "Dispatcher", "Handler", "Job", "Lane", "pack_value"]
 
 log = logging.getLogger("fabric.handlers")
 
@@ -57,15 +58,27 @@ class DeadLetter:
     attempts: int
 
 
-class _Handler:
-    """One function on one pattern. `blocked`: lanes whose first message waits for its next attempt."""
+Lane = tuple[object, int]
+"""A feed and a seed."""
+
+
+class Job(NamedTuple):
+    """A message to be handled, and its place in a hand."""
+
+    message: TriedMessage
+    hand: Hand
+    position: int
+
+
+class Handler:
+    """One function on one pattern. `blocked`: lanes whose first message runs, or waits for its next attempt."""
 
     __slots__ = ("attempts", "blocked", "function", "hand", "inbox", "position", "retries")
 
     def __init__(self, function: Callable[[Message], object], inbox: Inbox, attempts: int) -> None:
         self.function, self.inbox, self.attempts = function, inbox, attempts
-        self.blocked: dict[tuple[object, int], deque[tuple[TriedMessage, Hand, int]]] = {}
-        self.retries: list[tuple[int, int, tuple[object, int]]] = []
+        self.blocked: dict[Lane, deque[Job]] = {}
+        self.retries: list[tuple[int, int, Lane]] = []
         self.hand: Hand | None = None
         self.position = 0
 
@@ -82,10 +95,10 @@ class Dispatcher:
         self.threaded = engine.config.work.handlers is Handlers.THREAD
         # On a thread of ours `sys.exit` would end that thread alone, and without a word: there it counts as a failure.
         self._outcomes: tuple[type[BaseException], ...] = (Exception, SystemExit) if self.threaded else (Exception,)
-        self._handlers: list[_Handler] = []
+        self._handlers: list[Handler] = []
         self._responders: dict[str, Callable[[Request], Any]] = {}
         self._requests: list[tuple[int, int, events.ExecuteRequest, memoryview | None]] = []
-        self._order = 0
+        self._order = itertools.count()  # not an integer: the driver and the handlers count at once
         self._running = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
@@ -93,7 +106,7 @@ class Dispatcher:
 
     def add(self, function: Callable[[Message], object], inbox: Inbox, attempts: int) -> None:
         """Run a function for each message of an inbox."""
-        self._handlers.append(_Handler(function, inbox, attempts))
+        self._handlers.append(Handler(function, inbox, attempts))
         self._start()
 
     def respond(self, method: str, function: Callable[[Request], Any]) -> None:
@@ -129,8 +142,7 @@ class Dispatcher:
 
     def _take_request(self, execute: events.ExecuteRequest, payload: memoryview | None) -> None:
         """From the driver, under its lock: only queue."""
-        self._order += 1
-        heappush(self._requests, (execute.priority, self._order, execute, payload))
+        heappush(self._requests, (execute.priority, next(self._order), execute, payload))
 
     def has_work(self) -> bool:
         """Whether `run_one` would run something now."""
@@ -178,40 +190,49 @@ class Dispatcher:
 
     # Messages.
 
-    def _advance(self, handler: _Handler) -> bool:
-        hand = handler.hand
-        if hand is None:
-            if not handler.inbox.items:
-                return False
-            hand = handler.hand = Hand(handler.inbox.items.popleft(), self.engine.submit_later)
-            handler.position = 0
-        position, item = handler.position, hand.item
-        handler.position += 1
-        if handler.position >= len(hand.rows):
-            handler.hand = None
-        row, burst = hand.rows[position], item.burst
-        lane = item.feed, burst.columns[0][row]
-        message = TriedMessage(burst, row, item.feed)
-        if burst.columns[3][row] == TOMBSTONE:
-            hand.settle_one(position, Drop.LOST_AT_SOURCE)
-        elif lane in handler.blocked:
-            handler.blocked[lane].append((message, hand, position))
-        elif not self._attempt(handler, message, hand, position):
-            handler.blocked[lane] = deque([(message, hand, position)])
-            self._try_again_later(handler, lane, message)
+    def _advance(self, handler: Handler) -> bool:
+        job = self._take(handler)
+        if job is None:
+            return False
+        if not self._attempt(handler, job):
+            lane = job.message.lane
+            handler.blocked[lane] = deque([job])
+            self._try_again_later(handler, lane, job.message)
         if handler.hand is None:
             self.engine.push()
         return True
 
-    def _retry(self, handler: _Handler) -> bool:
+    def _take(self, handler: Handler) -> Job | None:
+        """The next message that may run now; those of a blocked lane join its queue on the way."""
+        while True:
+            hand = handler.hand
+            if hand is None:
+                if not handler.inbox.items:
+                    return None
+                hand = handler.hand = Hand(handler.inbox.items.popleft(), self.engine.submit_later)
+                handler.position = 0
+            position, item = handler.position, hand.item
+            handler.position += 1
+            if handler.position >= len(hand.rows):
+                handler.hand = None
+            row, burst = hand.rows[position], item.burst
+            job = Job(TriedMessage(burst, row, item.feed), hand, position)
+            waiting = handler.blocked.get(job.message.lane)
+            if burst.columns[3][row] == TOMBSTONE:
+                hand.settle_one(position, Drop.LOST_AT_SOURCE)
+            elif waiting is None:
+                return job
+            else:
+                waiting.append(job)
+
+    def _retry(self, handler: Handler) -> bool:
         if not handler.retries or handler.retries[0][0] > self.engine.clock():
             return False
         lane = heappop(handler.retries)[2]
         waiting = handler.blocked[lane]
         while waiting:
-            message, hand, position = waiting[0]
-            if not self._attempt(handler, message, hand, position):
-                self._try_again_later(handler, lane, message)
+            if not self._attempt(handler, waiting[0]):
+                self._try_again_later(handler, lane, waiting[0].message)
                 break
             waiting.popleft()
         else:
@@ -219,44 +240,67 @@ class Dispatcher:
         self.engine.push()
         return True
 
-    def _try_again_later(self, handler: _Handler, lane: tuple[object, int], message: Message) -> None:
-        self._order += 1
+    def _try_again_later(self, handler: Handler, lane: Lane, message: Message) -> None:
         due_ns = self.engine.clock() + RETRY_FIRST_NS * 2 ** (message.attempt - 2)
-        heappush(handler.retries, (due_ns, self._order, lane))
+        heappush(handler.retries, (due_ns, next(self._order), lane))
 
-    def _attempt(self, handler: _Handler, message: TriedMessage, hand: Hand, position: int) -> bool:
-        """Whether the message is settled: handled, or a dead letter."""
+    def _attempt(self, handler: Handler, job: Job) -> bool:
+        return self._settle(handler, job, self._run_handler(handler.function, job.message)[1])
+
+    def _run_handler(self, function: Callable[[Any], Any], argument: object) -> tuple[Any, BaseException | None]:
+        """(result, None), or (None, what it raised)."""
         try:
-            handler.function(message)
+            return function(argument), None
         except self._outcomes as error:  # round a user's handler: whatever it raises is its outcome
-            reason = _reason_of(message)
-            if reason is None and message.attempt < handler.attempts:
-                message.attempt += 1
-                return False
-            detail = f"{type(error).__name__}: {error}"[:FAILURE_TEXT_MAX]
-            self.engine.bury(message, reason or Drop.HANDLER_EXHAUSTED, detail)
-            hand.settle_one(position, reason or Drop.HANDLER_EXHAUSTED)
+            return None, error
+
+    def _settle(self, handler: Handler, job: Job, error: BaseException | None) -> bool:
+        """Whether the message is settled: handled, or a dead letter. Otherwise it is to be tried again."""
+        message, hand, position = job
+        if error is None:
+            hand.settle_one(position)
             return True
-        hand.settle_one(position)
+        reason = _reason_of(message)
+        if reason is None and message.attempt < handler.attempts:
+            message.attempt += 1
+            return False
+        detail = f"{type(error).__name__}: {error}"[:FAILURE_TEXT_MAX]
+        self.engine.bury(message, reason or Drop.HANDLER_EXHAUSTED, detail)
+        hand.settle_one(position, reason or Drop.HANDLER_EXHAUSTED)
         return True
 
     # Requests.
 
     def _answer(self, execute: events.ExecuteRequest, payload: memoryview | None) -> None:
+        self._reply(execute, *self._run_handler(self._respond_to, (execute, payload)))
+
+    def _respond_to(self, asked: tuple[events.ExecuteRequest, memoryview | None]) -> Any:  # noqa: ANN401 - the user's
+        """Run the responder of a request."""
+        execute, payload = asked
         function = self._responders.get(execute.method)
+        if function is None:
+            raise LookupError(f"no handler for {execute.method!r}")
         blob = payload if payload is not None else memoryview(execute.blob)
-        request = Request(execute.peer, execute.method, execute.kind, blob, execute.metadata, execute.deadline_ns)
-        limit = self.engine.config.inboxes.payload_bytes_max
-        try:
-            if function is None:
-                raise LookupError(f"no handler for {execute.method!r}")
-            kind, inline, large = pack_value(function(request), limit=limit)
-            failed = False
-        except self._outcomes as error:  # round a user's handler: whatever it raises is its outcome
-            failed, kind, large = True, 0, None
-            inline = msgpack.packb([type(error).__name__, str(error)[:FAILURE_TEXT_MAX]], unicode_errors="replace")
+        return function(
+            Request(execute.peer, execute.method, execute.kind, blob, execute.metadata, execute.deadline_ns)
+        )
+
+    def _reply(self, execute: events.ExecuteRequest, result: object, error: BaseException | None) -> None:
+        """Send a result, or why there is none."""
+        kind, inline, large = 0, b"", None
+        if error is None:
+            packed, error = self._run_handler(self._pack, result)
+            if error is None:
+                kind, inline, large = packed
+        if error is not None:
+            failure = [type(error).__name__, str(error)[:FAILURE_TEXT_MAX]]
+            inline = msgpack.packb(failure, unicode_errors="replace")
+        failed = error is not None
         reply = events.ReplyIssued(execute.peer, execute.incarnation, execute.request, failed, kind, inline, large)
         self.engine.submit(reply)
+
+    def _pack(self, value: object) -> tuple[int, bytes, memoryview | None]:
+        return pack_value(value, limit=self.engine.config.inboxes.payload_bytes_max)
 
     def close(self, timeout_s: float) -> None:
         """Begin no handler any more; wait for the one that runs."""

@@ -24,8 +24,9 @@ from fabric.core.machine import FabricCore
 from fabric.core.wire import Drop, checksum_of, feed_prefix
 from fabric.engine.inbox import Inbox
 from fabric.engine.outbox import Budget, Outbox
-from fabric.errors import BrokenError, ClosedError, UnsupportedValueError, WrongProcessError
-from fabric.payloads import BufferPool, DeviceQueue
+from fabric.errors import BrokenError, ClosedError, WrongProcessError
+from fabric.payloads import BufferPool, DeviceQueue, Pending, Plan, PooledBuffer
+from fabric.payloads.staging import cuda_queue, pinned_pool
 from transports import Endpoints, Link, PeerUnreachableError, SendBlockedError, Transport, TransportError
 
 __all__ = ["Engine", "Waits"]
@@ -57,8 +58,25 @@ class Waits(Protocol):
         """The engine is closing: no more driving."""
 
 
-def _no_device() -> DeviceQueue:
-    raise UnsupportedValueError("no device queue is set", kind="a value on a device", where="value")
+class Devices:
+    """Where values on a device are copied to, and by whom; made when the first one is published."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self.queue: DeviceQueue | None = None
+        self.pool: BufferPool | None = None
+
+    def stage(self, planned: Plan) -> tuple[PooledBuffer, Pending | None]:
+        """A buffer that the value is being copied into, and what is under way. Raises `StagingError`."""
+        if self.queue is None:
+            self.queue, self.pool = cuda_queue(), pinned_pool(self._bytes_max)
+        assert self.pool is not None, "a queue comes with its pool"
+        buffer = self.pool.take(planned.size)
+        try:
+            return buffer, planned.start(buffer.view, self.queue)
+        except BaseException:
+            buffer.release()
+            raise
 
 
 class _Assembly:
@@ -89,7 +107,9 @@ class Engine:
         self.on_connect: Callable[[Card], None] = lambda card: None
         self.bury: Callable[[Any, str, str], None] = lambda message, reason, detail: None
         """Where dead letters go: (message, reason, detail)."""
-        self.on_request: Callable[[events.ExecuteRequest, memoryview | None], None] = lambda execute, payload: None
+        self.early: list[tuple[events.ExecuteRequest, memoryview | None]] = []
+        """Requests that came before there was anybody to run them."""
+        self.on_request: Callable[[events.ExecuteRequest, memoryview | None], None] = self._keep_request
         self.on_complete: Callable[[events.CompleteRequest, memoryview | None], None] = lambda complete, payload: None
         self.on_progress: Callable[[], None] = lambda: None
         """Called after every turn that handled an event: those who wait look again."""
@@ -138,7 +158,7 @@ class Engine:
             events.LoadRecords: self._no_disk,
         }
         self.wall_ns: Callable[[], int] = time.time_ns
-        self.device_queue: Callable[[], DeviceQueue] = _no_device
+        self.devices = Devices(config.inboxes.assembly_bytes_max)
         self.probe: Callable[[Card], bool] = lambda card: False
         """Whether the process of this card, on this host, is proven dead."""
 
@@ -404,6 +424,9 @@ class Engine:
 
     def _no_disk(self, command: events.AppendRecords | events.LoadRecords) -> None:
         self.submit_later(events.WriteFailed(command.topic, "there is no spill log yet"))
+
+    def _keep_request(self, execute: events.ExecuteRequest, payload: memoryview | None) -> None:
+        self.early.append((execute, payload))
 
     # Payloads.
 

@@ -277,10 +277,10 @@ class Outbox:
             self._wait_for_room(room)
 
     def _fill(self, planned: Plan) -> tuple[PooledBuffer, Pending | None]:
+        if planned.on_device:
+            return self.engine.devices.stage(planned)
         buffer = self.engine.pool.take(planned.size)
         try:
-            if planned.on_device:
-                return buffer, planned.start(buffer.view, self.engine.device_queue())
             planned.write(buffer.view)
         except BaseException:
             buffer.release()
@@ -314,10 +314,14 @@ class Outbox:
         self._leave()
 
     def _leave(self) -> None:
-        while self._leaving and all(
-            self._is_done(closed, entry) for closed in (self._leaving[0],) for entry in closed.waiting
-        ):
-            self.engine.submit_later(self._encode(self._leaving.popleft()))
+        """What is not under way any more leaves for the core, in order."""
+        while self._leaving:
+            closed = self._leaving[0]
+            if not all(self._is_done(closed, entry) for entry in list(closed.waiting)):
+                break
+            closed.waiting.clear()  # they may still look at the buffers, which are frozen now
+            self.engine.submit_later(self._encode(closed))
+            self._leaving.popleft()
 
     def _is_done(self, closed: _Closed, entry: tuple[int, Pending]) -> bool:
         offset, pending = entry

@@ -146,6 +146,12 @@ def wait_until(
         pause(_POLL_PERIOD_S)
 
 
+def cuda_queue() -> DeviceQueue:
+    """The queue of copies from CUDA devices; needs torch and a CUDA device."""
+    queue: DeviceQueue = import_module("fabric.payloads.tensors").CudaQueue()
+    return queue
+
+
 def pinned_pool(bytes_max: int) -> BufferPool:
     """A pool of page-locked host buffers for copies from CUDA devices; needs torch and a CUDA device.
 
