@@ -79,8 +79,9 @@ class _Closed:
     __slots__ = ("bodies", "columns", "first", "kinds", "metadata", "payloads", "room", "waiting")
 
     def __init__(self, outbox: Outbox) -> None:
-        self.first, self.bodies, self.kinds = outbox.first, outbox.bodies, outbox.kinds
-        self.columns = (outbox.seeds, outbox.sequences, outbox.previous)
+        seeds, sequences, previous, kinds, bodies = zip(*outbox.rows, strict=True)
+        self.first, self.columns = outbox.first, (seeds, sequences, previous)
+        self.kinds, self.bodies = list(kinds), list(bodies)
         self.metadata, self.payloads, self.room, self.waiting = (
             outbox.metadata,
             outbox.payloads,
@@ -120,11 +121,9 @@ class Outbox:
 
     def _clear(self) -> None:
         self.first, self.size, self.due_ns = self.next, 0, 0
-        self.seeds: list[int] = []
-        self.sequences: list[int] = []
-        self.previous: list[int] = []
-        self.kinds: list[int] = []
-        self.bodies: list[bytes] = []
+        self.rows: list[tuple[int, int, int, int, Any]] = []
+        """(seed, sequence, previous, kind, body) of each record of the open burst."""
+        self._add = self.rows.append
         self.metadata: dict[int, bytes] = {}
         self.payloads: dict[int, Any] = {}
         self.waiting: list[tuple[int, Pending]] = []
@@ -142,13 +141,9 @@ class Outbox:
             with self.lock:
                 size = len(value) + RECORD_BYTES
                 lane = self._lanes.get(seed)
-                if lane is not None and self.bodies and size < PLAIN_BYTES_MAX and self.size + size <= BURST_BYTES_MAX:
+                if lane is not None and self.rows and size < PLAIN_BYTES_MAX and self.size + size <= BURST_BYTES_MAX:
                     sequence = lane[0]
-                    self.seeds.append(seed)
-                    self.sequences.append(sequence)
-                    self.previous.append(lane[1])
-                    self.kinds.append(BYTES)
-                    self.bodies.append(value)
+                    self._add((seed, sequence, lane[1], BYTES, value))
                     self.size += size
                     lane[0] = sequence + 1
                     lane[1] = self.next
@@ -177,7 +172,7 @@ class Outbox:
         """Publish the values from `len(sequences)` on; if it raises, `sequences` says what was taken."""
         while len(sequences) < len(values):
             with self.lock:
-                if self.bodies:
+                if self.rows:
                     self._append_plain(values, checked, sequences)
             if len(sequences) < len(values):
                 at = len(sequences)
@@ -186,23 +181,19 @@ class Outbox:
     def _append_plain(self, values: Sequence[object], seeds: Sequence[int], sequences: list[int]) -> None:
         """Append plain bytes to the open burst, from `len(sequences)` on, until it is full or something else comes."""
         begin, size, offset, lanes = len(sequences), self.size, self.next, self._lanes
-        previous, bodies = self.previous, self.bodies
+        add = self._add
         for value, seed in zip(islice(values, begin, None), islice(seeds, begin, None), strict=True):
-            size += len(value) + RECORD_BYTES if value.__class__ is bytes else BURST_BYTES_MAX  # type: ignore[arg-type]
+            size += len(value) + RECORD_BYTES if value.__class__ is bytes else BURST_BYTES_MAX
             lane = lanes.get(seed)
             if size > BURST_BYTES_MAX or lane is None:
                 break
-            sequences.append(lane[0])
-            previous.append(lane[1])
-            bodies.append(value)  # type: ignore[arg-type]  # its class is bytes
-            lane[0] += 1
+            sequence = lane[0]
+            sequences.append(sequence)
+            add((seed, sequence, lane[1], BYTES, value))
+            lane[0] = sequence + 1
             lane[1] = offset
             offset += 1
             self.size = size
-        taken = offset - self.next
-        self.seeds += seeds[begin : begin + taken]
-        self.sequences += sequences[begin:]
-        self.kinds += [BYTES] * taken
         self.next = offset
 
     def _publish_small(self, kind: int, body: bytes, seed: int, packed: bytes) -> int:
@@ -210,9 +201,9 @@ class Outbox:
         while True:
             with self.lock:
                 self._require_open()
-                if self.bodies and self.size + size > BURST_BYTES_MAX:
+                if self.rows and self.size + size > BURST_BYTES_MAX:
                     self._close()
-                if self.bodies or self._open(ROOM):
+                if self.rows or self._open(ROOM):
                     sequence = self._append(seed, kind, body, packed, size)
                     full = self.size + size > BURST_BYTES_MAX
                     if full:
@@ -222,7 +213,7 @@ class Outbox:
         if full:
             self.engine.push()
             self._pace(BURST_BYTES_MAX)
-        elif self.due_ns and len(self.bodies) == 1:
+        elif self.due_ns and len(self.rows) == 1:
             self.engine.note_open(self)
         return sequence
 
@@ -231,13 +222,9 @@ class Outbox:
         if lane is None:
             lane = self._lanes[seed] = [0, NONE]
         sequence = lane[0]
-        self.seeds.append(seed)
-        self.sequences.append(sequence)
-        self.previous.append(lane[1])
-        self.kinds.append(kind)
         if packed:
-            self.metadata[len(self.bodies)] = packed
-        self.bodies.append(body)
+            self.metadata[len(self.rows)] = packed
+        self._add((seed, sequence, lane[1], kind, body))
         self.size += size
         lane[0], lane[1] = sequence + 1, self.next
         self.next += 1
@@ -265,7 +252,7 @@ class Outbox:
         while True:
             with self.lock:
                 self._require_open()
-                if self.bodies:
+                if self.rows:
                     self._close()
                 if self._open(room):
                     self.payloads[self.next] = buffer
@@ -307,7 +294,7 @@ class Outbox:
 
     def _close(self) -> None:
         """End the open burst; it leaves now, or once the copies before it are done."""
-        self._record_bytes = max(1, self.size // len(self.bodies))
+        self._record_bytes = max(1, self.size // len(self.rows))
         closed = _Closed(self)
         self._leaving.append(closed)
         self._clear()
@@ -364,20 +351,20 @@ class Outbox:
         if not self.lock.acquire(blocking=False):
             return now + 100 * US
         try:
-            if self.bodies and now >= self.due_ns:
+            if self.rows and now >= self.due_ns:
                 self._close()
             elif self._leaving:
                 self._leave()
             if self._leaving:
                 return now + 1000 * US
-            return self.due_ns if self.bodies else 0
+            return self.due_ns if self.rows else 0
         finally:
             self.lock.release()
 
     def close_burst(self) -> None:
         """Let the open burst leave now."""
         with self.lock:
-            if self.bodies:
+            if self.rows:
                 self._close()
             elif self._leaving:
                 self._leave()
@@ -397,7 +384,7 @@ class Outbox:
     @property
     def has_left(self) -> bool:
         """Whether everything that was taken has left for the core."""
-        return not self.bodies and not self._leaving
+        return not self.rows and not self._leaving
 
     def _pace(self, size: int) -> None:
         """A flooding thread sees to the sockets now and then."""
