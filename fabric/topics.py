@@ -27,7 +27,7 @@ TOPIC_BYTES_MAX = 255
 """Longest topic or pattern in bytes: a length fits into one byte on the wire."""
 
 WILDCARDS_MAX = 4
-"""Most `**` in one pattern: matching is a regular expression whose cost is a power of their number."""
+"""Most `**` in one pattern; nobody needs more, and it bounds what is compiled for a peer."""
 
 PATTERN_CACHE_SIZE = 1024
 """Most compiled patterns kept; the least recently used gives way."""
@@ -66,19 +66,14 @@ class Pattern:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        expression, wildcards = "", 0
-        for segment in _segments(text):
-            if segment == "**":
-                wildcards += not expression.endswith(_ANY_NUMBER)
-                expression += "" if expression.endswith(_ANY_NUMBER) else _ANY_NUMBER
-            elif segment == "*":
-                expression += r"[^.]+\."
-            elif _SEGMENT.match(segment):
-                expression += re.escape(segment) + r"\."
-            else:
-                raise TopicError(f"segment {segment[:40]!r} is neither a name nor * nor **", topic=text[:80])
-        if wildcards > WILDCARDS_MAX:
+        first, *between = _parts(text)
+        if len(between) > WILDCARDS_MAX:
             raise TopicError(f"more than {WILDCARDS_MAX} ** in one pattern", topic=text[:80])
+        # The earliest match of what stands between two ** is as good as any, so only the last ** may look back: the
+        # time to match is in proportion to the topic, whatever the pattern.
+        expression = first + "".join(rf"(?>(?:[^.]+\.)*?{part})" for part in between[:-1])
+        if between:
+            expression += r"(?:[^.]+\.)*" + between[-1]
         self._match = re.compile(expression + r"\Z").match
 
     def matches(self, topic: str) -> bool:
@@ -89,7 +84,20 @@ class Pattern:
         return f"Pattern({self.text!r})"
 
 
-_ANY_NUMBER = r"(?:[^.]+\.)*"
+def _parts(text: str) -> list[str]:
+    """The regular expressions before, between and after the `**` of a pattern; two that touch are one."""
+    parts, is_open = [""], False
+    for segment in _segments(text):
+        if segment == "**":
+            parts += [] if is_open else [""]
+        elif segment == "*":
+            parts[-1] += r"[^.]+\."
+        elif _SEGMENT.match(segment):
+            parts[-1] += re.escape(segment) + r"\."
+        else:
+            raise TopicError(f"segment {segment[:40]!r} is neither a name nor * nor **", topic=text[:80])
+        is_open = segment == "**"
+    return parts
 
 
 @lru_cache(maxsize=PATTERN_CACHE_SIZE)

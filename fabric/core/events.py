@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from fabric.config import Delivery, Policy, Start
+from fabric.core.cards import Card
 
 if TYPE_CHECKING:
     from fabric.core.lanes import InboundFeed
@@ -65,22 +66,6 @@ __all__ = [
     "WriteFailed",
     "WriteFinished",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
-    """Who a member is and where it listens."""
-
-    name: str
-    rank: int | None
-    world_size: int
-    job: str
-    host: str
-    pid: int
-    version: int
-    incarnation: int
-    endpoints: tuple[str, str, str]
-    """Of DATA, CONTROL and BULK."""
 
 
 # Events: what the application did.

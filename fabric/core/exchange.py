@@ -70,7 +70,11 @@ class Exchange:
     def issue(self, event: RequestIssued) -> None:
         """Send a request, and again until it is answered."""
         pending = self._pending[event.request] = _Pending(event, self._context.config.requests.resend_ms_first * MS)
-        self._send(pending)
+        peer = self._members.by_name.get(event.peer)
+        if peer is None or peer.is_gone:  # as for requests that are under way when it goes
+            self._complete(pending, "gone")
+        else:
+            self._send(pending)
 
     def _send(self, pending: _Pending) -> None:
         event, now = pending.event, self._context.now

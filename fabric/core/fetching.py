@@ -15,6 +15,10 @@ Key = tuple[int, int]
 """(space, number): a feed and an offset, or the space of a member's requests or replies and a request."""
 
 
+PIECES_MAX = 1024
+"""Separate pieces of one payload that are noted; in order there is only one."""
+
+
 class _Fetch:
     """One payload. `received`: the bytes that are there."""
 
@@ -77,6 +81,9 @@ class Fetching:
         end = position + size
         if not size or end > fetch.size or next(fetch.received.missing(position, end), None) != (position, end):
             self._context.counts[Drop.DUPLICATE if end <= fetch.size else Drop.SHAPE] += 1
+            return
+        if len(fetch.received) >= PIECES_MAX:
+            self._context.counts[Drop.NO_ROOM] += 1  # in crumbs, and not in order: it is asked for again
             return
         fetch.received.add(position, end)
         self._progress[peer] = self._context.now

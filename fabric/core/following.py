@@ -11,8 +11,7 @@ from fabric.core.fetching import Fetching
 from fabric.core.lanes import InboundFeed
 from fabric.core.members import MS, Context, Peer
 from fabric.core.ranges import RangeSet
-from fabric.core.wire import Burst, Drop, Kind, decode_descriptor
-from fabric.errors import WireFormatError
+from fabric.core.wire import Burst, Drop, Kind
 
 __all__ = ["FollowedFeed", "Following"]
 
@@ -63,6 +62,8 @@ class Following:
         self.feeds: dict[int, FollowedFeed] = {}
         self._dirty: dict[tuple[int, int], tuple[Peer, InboundFeed]] = {}
         self._dirty_bytes = self._acknowledge_due_ns = self._nonce = 0
+        self._claiming: dict[InboundFeed, FollowedFeed] = {}
+        """Subscriptions to feeds whose addressed values wait for room."""
         self._restless: dict[int, FollowedFeed] = {}
         """Feeds that wait for a marker or for the answer to a pull; only these need the clock."""
         self._starved: dict[int, FollowedFeed] = {}
@@ -84,6 +85,7 @@ class Following:
         """A subscription is done with a feed."""
         followed = self.feeds[inbound.feed]
         followed.inbounds.remove(inbound)
+        self._claiming.pop(inbound, None)
         if not followed.inbounds:
             del self.feeds[followed.feed]
             self._restless.pop(followed.feed, None)
@@ -106,6 +108,7 @@ class Following:
         self.acknowledge_soon(followed, inbound)
         if self._dirty_bytes >= self._context.config.liveness.acknowledge_bytes:
             self.acknowledge()
+        self._claim_more()
         if followed.far or not followed.live:
             self._pull(followed)
         if size and self._starved:
@@ -131,23 +134,26 @@ class Following:
 
     def _receive(self, followed: FollowedFeed, burst: Burst) -> None:
         burst.check()
-        for inbound in followed.inbounds:
-            for offset in inbound.receive(burst):
-                self._fetch(followed, inbound, burst, offset)
+        for number, inbound in enumerate(followed.inbounds):
+            # What is fetched for a burst hangs on it, so each subscription that keeps one has its own.
+            inbound.receive(burst.twin() if number and burst.has_addressed else burst)
+            if inbound.has_unclaimed:
+                self._claim(followed, inbound)
             if inbound.turned_away:
                 inbound.turned_away = False
                 self._leave_push(followed)
 
-    def _fetch(self, followed: FollowedFeed, inbound: InboundFeed, burst: Burst, offset: int) -> None:
-        try:
-            size, checksum = decode_descriptor(burst.body(offset - burst.first))
-        except WireFormatError:  # an empty value is none either: it would never be complete
-            inbound.payload_lost(offset, Drop.UNDECODABLE)
-            return
-        if size > self._context.config.inboxes.payload_bytes_max:
-            inbound.payload_lost(offset, Drop.TOO_LARGE)
-            return
-        self._fetching.begin((followed.feed, offset), followed.peer.name, size, checksum)
+    def _claim(self, followed: FollowedFeed, inbound: InboundFeed) -> None:
+        for offset, size, checksum in inbound.claim():
+            self._fetching.begin((followed.feed, offset), followed.peer.name, size, checksum)
+        if inbound.has_unclaimed:
+            self._claiming[inbound] = followed
+        else:
+            self._claiming.pop(inbound, None)
+
+    def _claim_more(self) -> None:
+        for inbound, followed in list(self._claiming.items()):
+            self._claim(followed, inbound)
 
     def on_payload(self, feed: int, offset: int, payload: Buffer | None, reason: str) -> FollowedFeed | None:
         """An addressed value is here, or will not come."""
@@ -157,6 +163,7 @@ class Following:
                 inbound.payload_arrived(offset, payload)
             else:
                 inbound.payload_lost(offset, reason)
+        self._claim_more()
         return followed
 
     def on_marker(self, feed: int, incarnation: int, end: int, nonces: tuple[int, ...]) -> None:

@@ -14,12 +14,13 @@ there too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 
-from fabric.core.events import Deliver, ReportGap
+from fabric.core.events import Buffer, Deliver, ReportGap
 from fabric.core.ranges import RangeSet
-from fabric.core.wire import ADDRESSED, NONE, Burst, Drop, feed_id
+from fabric.core.wire import ADDRESSED, NONE, Burst, Drop, decode_descriptor, feed_id
+from fabric.errors import WireFormatError
 
 __all__ = ["InboundFeed", "Room"]
 
@@ -31,10 +32,31 @@ _STALE_MAX = 64
 class Room:
     """The bytes that one subscription may hold, over all its feeds."""
 
-    __slots__ = ("hand", "hand_max", "hold", "hold_max", "ranges_max")
+    __slots__ = (
+        "hand",
+        "hand_max",
+        "hold",
+        "hold_max",
+        "payload",
+        "payload_bytes_max",
+        "payload_max",
+        "queue",
+        "ranges_max",
+    )
 
-    def __init__(self, *, hand_max: int, hold_max: int, ranges_max: int) -> None:
-        self.hand = self.hold = 0
+    def __init__(
+        self,
+        *,
+        hand_max: int,
+        hold_max: int,
+        ranges_max: int,
+        payload_max: int = 128 * 1024 * 1024,
+        payload_bytes_max: int = 1024 * 1024 * 1024,
+    ) -> None:
+        self.hand = self.hold = self.payload = 0
+        self.payload_max, self.payload_bytes_max = payload_max, payload_bytes_max
+        self.queue: dict[InboundFeed, None] = {}
+        """Feeds that have something ready and wait for room in the hand, which one of the others may have."""
         self.hand_max, self.hold_max, self.ranges_max = hand_max, hold_max, ranges_max
 
     @property
@@ -47,9 +69,11 @@ class InboundFeed:
     """What one subscription knows of one incarnation's feed. Created at its join offset."""
 
     __slots__ = (
+        "_claimed",
         "_emit",
         "_holders",
         "_ready",
+        "_unclaimed",
         "_waiting",
         "awaiting",
         "best_effort",
@@ -109,12 +133,16 @@ class InboundFeed:
         self._holders: dict[Burst, int] = {}
         self._waiting: dict[int, int] = {}
         self._ready: list[int] = []
+        self._unclaimed: list[int] = []
+        """A heap of held offsets whose addressed values nobody asked for yet; stale ones are met and dropped."""
+        self._claimed: dict[int, int] = {}
+        """Bytes of the addressed values that were asked for, or are here, by held offset."""
         self._emit = emit
 
     # Receiving.
 
-    def receive(self, burst: Burst) -> list[int]:
-        """Take in a burst; returns the offsets whose addressed values must be fetched."""
+    def receive(self, burst: Burst) -> None:
+        """Take in a burst. Its addressed values are fetched as `claim` says."""
         if burst.end > self.known:
             self.known = burst.end
         # Fast path: the next burst in order, and nothing is held: all of it is deliverable.
@@ -128,18 +156,20 @@ class InboundFeed:
             self.next = burst.end
             self.room.hand += burst.size
             self._emit(Deliver(self.subscription, self, burst, None, burst.size, (burst.first, burst.end)))
-            return []
+            return
         if self.best_effort and burst.first > self.next:
             self.lost.add(max(self.next, self.have.end), burst.first)
         if self.seeds is not None and burst.first == self.next and not self.have and not burst.has_addressed:
-            return self._receive_filtered(burst, self.seeds)
-        return self._receive_rows(burst)
+            self._receive_filtered(burst, self.seeds)
+        else:
+            self._receive_rows(burst)
 
-    def _receive_filtered(self, burst: Burst, wanted: frozenset[int]) -> list[int]:
+    def _receive_filtered(self, burst: Burst, wanted: frozenset[int]) -> None:
         """In order, but only some seeds are asked for: settling a record also settles the unwanted ones before it."""
         rows = tuple(index for index, seed in enumerate(burst.columns[0]) if seed in wanted)
         if rows and not self._has_hand():
-            return self._receive_rows(burst)
+            self._receive_rows(burst)
+            return
         self.next = burst.end
         if rows:
             self.room.hand += burst.size
@@ -148,11 +178,9 @@ class InboundFeed:
             self.counts[Drop.NOT_ASKED] += burst.count
             self.settled.add(burst.first, burst.end)
         self.advance()
-        return []
 
-    def _receive_rows(self, burst: Burst) -> list[int]:
+    def _receive_rows(self, burst: Burst) -> None:
         seeds, previous, kinds = burst.columns[0], burst.columns[2], burst.columns[3]
-        fetch: list[int] = []
         for index, offset in enumerate(range(burst.first, burst.end)):
             if offset < self.next or offset in self.have or (self.best_effort and offset in self.lost):
                 self.counts[Drop.DUPLICATE] += 1  # or too late: its lane went on without it
@@ -161,11 +189,10 @@ class InboundFeed:
             elif self._hold(offset, burst):
                 if kinds[index] & ADDRESSED:
                     self.awaiting.add(offset)
-                    fetch.append(offset)
+                    heappush(self._unclaimed, offset)
                 self._expect(offset, previous[index])
         self._hand_over()
         self.advance()
-        return fetch
 
     def _pass_over(self, offset: int) -> None:
         if not self._fits(offset):
@@ -219,12 +246,14 @@ class InboundFeed:
         """A held record is held no longer, and was not taken."""
         self._unhold(offset)
         self.have.remove(offset, offset + 1)
-        if self.best_effort:
-            self._wake(offset)
+        successor = self._waiting.pop(offset, None) if self.best_effort else None
+        if successor is not None and successor in self.held:
+            self._expect(successor, offset)  # behind what is still held of its lane, if anything is
 
     def _unhold(self, offset: int) -> Burst:
         burst = self.held.pop(offset)
         self.awaiting.discard(offset)
+        self.room.payload -= self._claimed.pop(offset, 0)
         self._holders[burst] -= 1
         if not self._holders[burst]:
             del self._holders[burst]
@@ -256,11 +285,54 @@ class InboundFeed:
         self._ready = sorted(set(self._ready) & self.held.keys())
         self._waiting = {previous: offset for previous, offset in self._waiting.items() if offset in self.held}
 
-    def payload_arrived(self, offset: int, payload: object) -> None:
-        """The addressed value of a held record is complete."""
+    # Addressed values.
+
+    def claim(self) -> Iterator[tuple[int, int, int]]:
+        """The addressed values that there is room to fetch now, lowest first: (offset, size, checksum).
+
+        Room is for what is under way and for what is complete but not handed over; the next record always has some.
+        """
+        while self._unclaimed:
+            offset = self._unclaimed[0]
+            burst = self.held.get(offset)
+            if burst is None or offset not in self.awaiting or offset in self._claimed:
+                heappop(self._unclaimed)
+                continue
+            try:
+                size, checksum = decode_descriptor(burst.body(offset - burst.first))
+            except WireFormatError:  # an empty value is none either: it would never be complete
+                self.payload_lost(offset, Drop.UNDECODABLE)
+                continue
+            if size > self.room.payload_bytes_max:
+                self.payload_lost(offset, Drop.TOO_LARGE)
+                continue
+            if not self._may_claim(offset, size):
+                return
+            self._claim(offset, size)
+            yield offset, size, checksum
+
+    def _may_claim(self, offset: int, size: int) -> bool:
+        room = self.room
+        return offset == self.next or not room.payload or room.payload + size <= room.payload_max
+
+    def _claim(self, offset: int, size: int) -> None:
+        self._claimed[offset] = size
+        self.room.payload += size
+
+    @property
+    def has_unclaimed(self) -> bool:
+        """Whether addressed values wait for room."""
+        return bool(self._unclaimed)
+
+    def payload_arrived(self, offset: int, payload: Buffer) -> None:
+        """The addressed value of a held record is complete. One that we had no room to ask for is not kept."""
         burst = self.held.get(offset)
         if burst is None or offset not in self.awaiting:
             return
+        if offset not in self._claimed:
+            if not self._may_claim(offset, len(payload)):
+                return
+            self._claim(offset, len(payload))
         self.awaiting.discard(offset)
         burst.payloads = burst.payloads or {}
         burst.payloads[offset] = payload
@@ -316,6 +388,7 @@ class InboundFeed:
             offset = self._ready[0]
             burst = self.held.get(offset)
             if burst is not None and not (burst in groups or self._has_hand()):
+                room.queue[self] = None
                 break
             if burst is not None and not self._fits(offset):
                 break
@@ -338,12 +411,17 @@ class InboundFeed:
 
     def settle(self, first: int, end: int, size: int) -> None:
         """The application is done with `first <= offset < end`, all of it taken; `size` bytes of room return."""
-        self.room.hand -= size
+        room = self.room
+        room.hand -= size
         if first <= self.floor and not self.settled:
             self.floor = max(self.floor, end)
         else:
             self.settled.add(max(first, self.floor), end)
         self.advance()
+        while room.queue and self._has_hand():
+            other = next(iter(room.queue))
+            del room.queue[other]
+            other.advance()
 
     def advance(self) -> None:
         """Move the floor over what is settled, and over what is gone once it stands there (S6)."""
@@ -445,6 +523,8 @@ class InboundFeed:
         assert sum(self._holders.values()) == len(self.held)
         assert not any(offset in self.taken for offset in self.held)
         assert self.awaiting <= self.held.keys()
+        assert self._claimed.keys() <= self.held.keys()
+        assert self.room.payload >= sum(self._claimed.values())
         assert all(first > self.floor for first, _ in self.settled), "a range at the floor is absorbed"
         ready = set(self._ready)
         for offset, burst in self.held.items():

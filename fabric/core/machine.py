@@ -19,7 +19,7 @@ from fabric.core.fetching import Fetching
 from fabric.core.members import Context, Members, Peer, card_fields, card_of
 from fabric.core.publishing import Publishing
 from fabric.core.subscribing import Subscribing
-from fabric.core.wire import Control, Drop, Kind, decode_control, decode_data, encode_control
+from fabric.core.wire import Control, Drop, Kind, decode_control, decode_data, encode_control, member_id
 from fabric.errors import WireFormatError
 
 __all__ = ["FabricCore"]
@@ -42,7 +42,17 @@ class FabricCore:
         self.following = self.subscribing.following
         self.exchange = Exchange(self.context, self.members, self.fetching)
         self.members.in_use = self.subscribing.knows
-        self._handlers: dict[type, Callable[[Any], None]] = {
+        self._handlers = self._by_event()
+        self._messages = self._by_kind()
+        self._unbound: dict[Kind, Callable[[Control], None]] = {
+            Kind.HELLO: self._on_hello,
+            Kind.FENCED: self.members.on_fenced,
+            Kind.ROSTER_ASK: self._on_roster_ask,
+            Kind.ROSTER: self._on_roster,
+        }
+
+    def _by_event(self) -> dict[type, Callable[[Any], None]]:
+        return {
             events.BurstClosed: self.publishing.close_burst,
             events.DataReceived: self._on_data,
             events.ControlReceived: self._on_control,
@@ -65,7 +75,9 @@ class FabricCore:
             events.WriteFailed: lambda event: self._count("writes_failed"),
             events.RecordsLoaded: lambda event: self._count("records_loaded"),
         }
-        self._messages: dict[Kind, Callable[[Peer, Sequence[Any]], None]] = {
+
+    def _by_kind(self) -> dict[Kind, Callable[[Peer, Sequence[Any]], None]]:
+        return {
             Kind.REGISTER: self.publishing.register,
             Kind.REGISTERED: lambda peer, f: self.subscribing.on_registered(peer, *f),
             Kind.UNREGISTER: lambda peer, f: self.publishing.on_unregister(peer, *f),
@@ -81,12 +93,6 @@ class FabricCore:
             Kind.ACCEPTED: lambda peer, f: self.exchange.on_accepted(*f),
             Kind.REPLY: lambda peer, f: self.exchange.on_reply(peer, *f),
             Kind.FETCH: self._on_fetch,
-        }
-        self._unbound: dict[Kind, Callable[[Control], None]] = {
-            Kind.HELLO: self._on_hello,
-            Kind.FENCED: self.members.on_fenced,
-            Kind.ROSTER_ASK: self._on_roster_ask,
-            Kind.ROSTER: self._on_roster,
         }
 
     def handle(self, event: object, now_ns: int) -> list[Any]:
@@ -142,6 +148,9 @@ class FabricCore:
         except WireFormatError as error:
             self._count(error.fields["reason"])
             return
+        if event.peer is not None and message.source != member_id(event.peer):
+            self._count(Drop.IMPOSTOR)
+            return
         unbound = self._unbound.get(message.kind)
         if unbound is not None:
             unbound(message)
@@ -151,8 +160,12 @@ class FabricCore:
             self._count(Drop.KIND)
             return
         peer = self.members.sender_of(message, event.peer)  # which counts whom it refuses
-        if peer is not None:
-            handler(peer, message.fields)
+        if peer is None:
+            return
+        if peer.is_gone:  # overtaken by its goodbye: what is over must not begin again
+            self._count(Drop.STALE)
+            return
+        handler(peer, message.fields)
 
     def _on_bulk(self, event: events.BulkReceived) -> None:
         try:
@@ -278,6 +291,7 @@ class FabricCore:
     def _on_roster(self, message: Control) -> None:
         for fields in message.fields[0]:
             self._meet(card_of(fields, fields[10]))
+        self._count("rosters_heard")
 
     def _on_intake_stopped(self, event: events.IntakeStopped) -> None:
         ends = self.publishing.stop()

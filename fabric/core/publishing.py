@@ -30,8 +30,8 @@ REGISTRATIONS_PER_PEER_MAX = 4096
 class _Registration:
     """A subscription of a member.
 
-    `joins`: where it began in each feed that it matches; a repeated HELLO gets the same answer. `unproven`: those of which
-    the subscriber has not said that it knows; they are told again.
+    `joins`: where it began in each feed that it matches; a repeated HELLO gets the same answer. `unproven`: those of
+    which the subscriber has not said that it knows; they are told again.
     """
 
     __slots__ = ("best_effort", "from_start", "joins", "pattern", "reader", "start", "unproven")
@@ -244,10 +244,11 @@ class Publishing:
                 out.marked_ns < out.last_data_ns or now - out.marked_ns >= liveness.marker_ms * MS
             ):
                 self._mark(out, [])
-        for peer in self._members.others():
+        for peer in list(self._members.by_name.values()):
             if not peer.is_gone and peer.state != "known":
                 self._heartbeat(peer)
-                self._expire(peer)
+                if peer.name != self._context.name:
+                    self._expire(peer)
 
     def _heartbeat(self, peer: Peer) -> None:
         liveness, now = self._context.config.liveness, self._context.now
@@ -258,7 +259,8 @@ class Publishing:
             for out in self._pending.values()
             if any(name == peer.name and position < out.end for (name, _), position in out.readers.items())
         ][:HEARTBEAT_FEEDS_MAX]
-        if listed or now - peer.told_ns >= liveness.heartbeat_ms * MS:
+        idle = now - peer.told_ns >= liveness.heartbeat_ms * MS and peer.name != self._context.name
+        if listed or idle:
             peer.told_ns = now
             self._context.send(peer.name, Kind.HEARTBEAT, listed, peer.incarnation)
             for registration in self._registrations.get(peer.name, {}).values():

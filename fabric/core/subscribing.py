@@ -60,7 +60,13 @@ class Subscribing:
     def open(self, event: SubscriptionOpened) -> None:
         """Register with every member that is there."""
         inboxes = self._context.config.inboxes
-        room = Room(hand_max=inboxes.hand_bytes_max, hold_max=inboxes.hold_bytes_max, ranges_max=inboxes.ranges_max)
+        room = Room(
+            hand_max=inboxes.hand_bytes_max,
+            hold_max=inboxes.hold_bytes_max,
+            ranges_max=inboxes.ranges_max,
+            payload_max=inboxes.assembly_bytes_max,
+            payload_bytes_max=inboxes.payload_bytes_max,
+        )
         subscription = self.subscriptions[event.subscription] = _Subscription(event, room)
         for peer in self._members.by_name.values():
             if not peer.is_gone:
@@ -162,9 +168,6 @@ class Subscribing:
 
     def on_registered(self, peer: Peer, number: int, total: int, feeds: list[list[Any]]) -> None:
         """A publisher names feeds that match, with their join offsets."""
-        if peer.is_gone:  # overtaken by its goodbye: what is over must not begin again
-            self._context.counts[Drop.STALE] += 1
-            return
         subscription = self.subscriptions.get(number)
         if subscription is None:
             self._context.send(peer.name, Kind.UNREGISTER, number)
@@ -174,6 +177,8 @@ class Subscribing:
                 self._add_feed(subscription, peer, feed)
             else:
                 self._context.counts[Drop.SHAPE] += 1
+        if peer.name not in subscription.asked:
+            return  # news of a feed that was opened since
         told = sum(
             1
             for (source, _), inbound in subscription.feeds.items()

@@ -204,6 +204,12 @@ class Burst:
         self._columns: tuple[Any, ...] | None = None
         self.payloads: dict[int, Any] | None = None
 
+    def twin(self) -> Burst:
+        """The same records, for another subscription: only what is fetched for them is its own."""
+        twin = Burst(self.frame, self.feed, self.incarnation, self.first, self.count, self.flags, self.published_ns)
+        twin._columns = self._columns
+        return twin
+
     @property
     def has_addressed(self) -> bool:
         """Whether any record's value lies with the publisher."""

@@ -102,7 +102,10 @@ class Dispatcher:
         self._running = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
-        engine.on_request = self._take_request
+        with engine.lock:  # requests are handed over under it; those that came with the first greetings wait
+            engine.on_request = self._take_request
+            while engine.early:
+                self._take_request(*engine.early.pop(0))
 
     def add(self, function: Callable[[Message], object], inbox: Inbox, attempts: int) -> None:
         """Run a function for each message of an inbox."""

@@ -15,18 +15,17 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
-
 from fabric.config import FabricConfig
 from fabric.core import events
 from fabric.core.events import Card
 from fabric.core.machine import FabricCore
-from fabric.core.wire import Drop, checksum_of, feed_prefix
+from fabric.core.wire import Drop, feed_prefix
+from fabric.engine.assembling import Assemblies
+from fabric.engine.devices import Devices
 from fabric.engine.inbox import Inbox
 from fabric.engine.outbox import Budget, Outbox
 from fabric.errors import BrokenError, ClosedError, WrongProcessError
-from fabric.payloads import BufferPool, DeviceQueue, Pending, Plan, PooledBuffer
-from fabric.payloads.staging import cuda_queue, pinned_pool
+from fabric.payloads import BufferPool
 from transports import Endpoints, Link, PeerUnreachableError, SendBlockedError, Transport, TransportError
 
 __all__ = ["Engine", "Waits"]
@@ -56,38 +55,6 @@ class Waits(Protocol):
 
     def close(self) -> None:
         """The engine is closing: no more driving."""
-
-
-class Devices:
-    """Where values on a device are copied to, and by whom; made when the first one is published."""
-
-    def __init__(self, bytes_max: int) -> None:
-        self._bytes_max = bytes_max
-        self.queue: DeviceQueue | None = None
-        self.pool: BufferPool | None = None
-
-    def stage(self, planned: Plan) -> tuple[PooledBuffer, Pending | None]:
-        """A buffer that the value is being copied into, and what is under way. Raises `StagingError`."""
-        if self.queue is None:
-            self.queue, self.pool = cuda_queue(), pinned_pool(self._bytes_max)
-        assert self.pool is not None, "a queue comes with its pool"
-        buffer = self.pool.take(planned.size)
-        try:
-            return buffer, planned.start(buffer.view, self.queue)
-        except BaseException:
-            buffer.release()
-            raise
-
-
-class _Assembly:
-    """A payload on its way in. One that comes as a single chunk is taken as it is."""
-
-    __slots__ = ("place", "size", "view")
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.place: Any = None
-        self.view: memoryview | None = None
 
 
 class Engine:
@@ -128,12 +95,19 @@ class Engine:
         """Told of every event once its commands are executed; a simulated world looks and judges here."""
         self._submitted: deque[Any] = deque()
         self._looped: deque[Any] = deque()
-        self._assemblies: dict[tuple[int, int], _Assembly] = {}
+        self._assemblies = Assemblies(self.pool)
         self._payloads: dict[tuple[int, int], memoryview] = {}
         self._bulk: dict[str, deque[events.SendBulk]] = {}
         self._bulk_bytes: Counter[str] = Counter()
         self._own_prefixes: set[bytes] = set()
-        self._execute: dict[type, Callable[[Any], None]] = {
+        self._execute = self._by_command()
+        self.wall_ns: Callable[[], int] = time.time_ns
+        self.devices = Devices(config.inboxes.assembly_bytes_max)
+        self.probe: Callable[[Card], bool] = lambda card: False
+        """Whether the process of this card, on this host, is proven dead."""
+
+    def _by_command(self) -> dict[type, Callable[[Any], None]]:
+        return {
             events.Deliver: self._deliver,
             events.Broadcast: self._broadcast,
             events.SendControl: self._send_control,
@@ -145,10 +119,10 @@ class Engine:
             events.BeginFeed: lambda c: self._tell(c.subscription, Inbox.begin_feed, c),
             events.EndFeed: lambda c: self._tell(c.subscription, Inbox.end_feed, c),
             events.ReportGap: lambda c: self._tell(c.subscription, Inbox.report_gap, c),
-            events.BeginPayload: self._begin_payload,
-            events.PlaceChunk: self._place_chunk,
+            events.BeginPayload: self._assemblies.begin,
+            events.PlaceChunk: self._assemblies.place,
             events.FinishPayload: self._finish_payload,
-            events.DropPayload: self._drop_payload,
+            events.DropPayload: self._assemblies.drop,
             events.ExecuteRequest: lambda c: self.on_request(c, self._payloads.pop((c.space, c.request), None)),
             events.CompleteRequest: lambda c: self.on_complete(c, self._payloads.pop((c.space, c.request), None)),
             events.ReportPeer: self._report_peer,
@@ -157,10 +131,6 @@ class Engine:
             events.AppendRecords: self._no_disk,
             events.LoadRecords: self._no_disk,
         }
-        self.wall_ns: Callable[[], int] = time.time_ns
-        self.devices = Devices(config.inboxes.assembly_bytes_max)
-        self.probe: Callable[[Card], bool] = lambda card: False
-        """Whether the process of this card, on this host, is proven dead."""
 
     # Driving. Everything in this section needs the lock, but for `submit`, `push` and `require_open`.
 
@@ -428,48 +398,12 @@ class Engine:
     def _keep_request(self, execute: events.ExecuteRequest, payload: memoryview | None) -> None:
         self.early.append((execute, payload))
 
-    # Payloads.
-
-    def _begin_payload(self, command: events.BeginPayload) -> None:
-        self._assemblies[command.space, command.number] = _Assembly(command.size)
-
-    def _place_chunk(self, command: events.PlaceChunk) -> None:
-        assembly = self._assemblies[command.space, command.number]
-        chunk = memoryview(command.chunk)
-        if chunk.nbytes == assembly.size:
-            assembly.view, assembly.place = chunk.toreadonly(), None
-            return
-        if assembly.place is None:
-            assembly.place = self.pool.take(assembly.size)
-            assembly.view = None
-        target = np.frombuffer(assembly.place.view, dtype=np.uint8)
-        np.copyto(target[command.position : command.position + chunk.nbytes], np.frombuffer(chunk, dtype=np.uint8))
-
     def _finish_payload(self, command: events.FinishPayload) -> None:
         key = command.space, command.number
-        assembly = self._assemblies[key]
-        view = assembly.view if assembly.view is not None else assembly.place.view
-        if checksum_of(view) != command.checksum:
-            self._looped.append(events.PayloadChecked(*key, None))
-            return
-        del self._assemblies[key]
-        payload = assembly.view if assembly.view is not None else assembly.place.freeze()
-        self._payloads[key] = payload
+        payload = self._assemblies.finish(command)
+        if payload is not None and key[0] not in self.core.following.feeds:
+            self._payloads[key] = payload  # of a request or reply; others are handed over with their burst
         self._looped.append(events.PayloadChecked(*key, payload))
-        if not self._is_requested(key):
-            del self._payloads[key]
-
-    def _is_requested(self, key: tuple[int, int]) -> bool:
-        """Whether this is the value of a request or reply.
-
-        Those are handed over by key, those of records with their burst.
-        """
-        return key[0] not in self.core.following.feeds
-
-    def _drop_payload(self, command: events.DropPayload) -> None:
-        assembly = self._assemblies.pop((command.space, command.number), None)
-        if assembly is not None and assembly.place is not None:
-            assembly.place.release()
 
     # Closing.
 

@@ -1,7 +1,7 @@
 """Operations that wait, written once for both faces: a generator yields what it waits for, and its face waits.
 
-The synchronous face waits with `Engine.until`, the asynchronous one on its event loop. A generator that is given up, because
-its thread was interrupted or its task cancelled, is closed: what it undoes in `finally` is undone.
+The synchronous face waits with `Engine.until`, the asynchronous one on its event loop. A generator that is given up,
+because its thread was interrupted or its task cancelled, is closed: what it undoes in `finally` is undone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 class Wait(NamedTuple):
-    """Wait until `is_over()`, at most `timeout_s`; what is sent back says whether it came. `serving`: step handlers run."""
+    """Wait until `is_over()`, at most `timeout_s`; what is sent back says whether it came.
+
+    `serving`: step handlers of this member run meanwhile.
+    """
 
     is_over: Callable[[], bool]
     timeout_s: float

@@ -1,6 +1,6 @@
 """Writes the golden frames: one file for each kind of frame. Run once; the files are the specification afterwards.
 
-    python -m tests.data.make_golden
+python -m tests.data.make_golden
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def frames() -> dict[str, bytes]:
     addressed = (FEED, INCARNATION, 8, 1_700_000_000_000_000_000, [17], [4], [7], [ADDRESSED | 1], [descriptor])
     data = {
         "data_burst": encode_burst(*plain, [b"first", b"", b"third"]),
-        "data_burst_with_metadata": encode_burst(*plain, [b"first", b"", b"third"], [b"\x81\xa4step\x07", b"", b"\x80"]),
+        "data_burst_with_metadata": encode_burst(
+            *plain, [b"first", b"", b"third"], [b"\x81\xa4step\x07", b"", b"\x80"]
+        ),
         "data_burst_addressed": encode_burst(*addressed),
         "data_marker": encode_marker(FEED, INCARNATION, 17, 1_700_000_000_000_000_000, [99, 2**64 - 1]),
     }

@@ -1,14 +1,14 @@
 """Cores joined by a link that the test cranks by hand: the main instrument for the protocol.
 
-Commands of one core become events of another, but only when the test says so: until then they lie in `wire`, a plain list
-that a test may drop from, reorder or repeat. Nothing here has a clock or chance of its own.
+Commands of one core become events of another, but only when the test says so: until then they lie in `wire`, a
+plain list that a test may drop from, reorder or repeat. Nothing here has a clock or chance of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fabric.config import Delivery, FabricConfig, Policy, Start
 from fabric.core import events
@@ -208,7 +208,9 @@ class Link:
 
     def repeat(self) -> None:
         """Everything on its way arrives twice."""
-        self.wire = [flight for flight in self.wire for flight in (flight, Flight(flight.source, flight.to, flight.event))]
+        self.wire = [
+            flight for flight in self.wire for flight in (flight, Flight(flight.source, flight.to, flight.event))
+        ]
 
     def waiting(self, *kinds: Kind | None) -> list[Flight]:
         """The frames of some kinds on their way."""
@@ -325,7 +327,7 @@ class Link:
     def _drop_payload(self, member: Member, command: events.DropPayload) -> None:
         del member.payloads[command.space, command.number]
 
-    _EXECUTORS: dict[type[Any], Callable[[Link, Member, Any], None]] = {
+    _EXECUTORS: ClassVar[dict[type[Any], Callable[[Link, Member, Any], None]]] = {
         events.SendControl: _send_control,
         events.SendBulk: _send_bulk,
         events.Broadcast: _broadcast,

@@ -1,4 +1,4 @@
-"""The garbage law: whatever a member sends, the core answers with commands, does bounded work, and serves everybody else."""
+"""The garbage law: any frame gives commands and bounded work, and everybody else is served."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ TEXTS = st.sampled_from(
 def hostile(wanted: Any) -> st.SearchStrategy[Any]:
     if isinstance(wanted, Each):
         return st.lists(st.tuples(*map(hostile, wanted.shape)), max_size=4)
-    blobs = st.sampled_from([b"", b"x", encode_descriptor(2**63, 1), encode_descriptor(0, 1), encode_descriptor(100, 1)])
+    blobs = st.sampled_from(
+        [b"", b"x", encode_descriptor(2**63, 1), encode_descriptor(0, 1), encode_descriptor(100, 1)]
+    )
     return {int: NUMBERS, str: TEXTS, bool: st.booleans(), bytes: blobs}[wanted]
 
 
@@ -75,7 +77,9 @@ def data(draw: st.DrawFn, *, forging: bool = False) -> bytes:
     if draw(st.integers(0, 3)) == 0:
         return encode_marker(feed, 1, draw(NUMBERS), 0, draw(st.lists(NUMBERS, max_size=3)))
     count = draw(st.integers(1, 4))
-    previous = [draw(st.integers(-1, first + row - 1)) if draw(st.booleans()) else first + row - 1 for row in range(count)]
+    previous = [
+        draw(st.integers(-1, first + row - 1)) if draw(st.booleans()) else first + row - 1 for row in range(count)
+    ]
     kinds = [draw(st.sampled_from([RAW, RAW, RAW | ADDRESSED, 0x7F])) for _ in range(count)]
     bodies = [draw(hostile(bytes)) for _ in range(count)]
     numbers = [draw(st.sampled_from([0, 1, 2**62])) for _ in range(count)]

@@ -103,7 +103,14 @@ def test_a_message_is_read_as_it_was_written(message: tuple[Kind, list[Any]], so
 
 
 JUNK = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(), st.text(max_size=5), st.binary(max_size=5)),
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**63), 2**64 - 1),
+        st.floats(),
+        st.text(max_size=5),
+        st.binary(max_size=5),
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=3), inner, max_size=2)),
     max_leaves=10,
 )
@@ -143,11 +150,17 @@ def records(draw: st.DrawFn) -> tuple[int, list[tuple[int, int, int, int, bytes,
 
 @given(records(), U64, U64, st.integers(-(2**63), 2**63 - 1), st.booleans())
 def test_a_burst_is_read_as_it_was_written(
-    given_rows: tuple[int, list[tuple[int, int, int, int, bytes, bytes]]], feed: int, life: int, when: int, annotated: bool
+    given_rows: tuple[int, list[tuple[int, int, int, int, bytes, bytes]]],
+    feed: int,
+    life: int,
+    when: int,
+    annotated: bool,
 ) -> None:
     first, rows = given_rows
     seeds, sequences, previous, kinds, bodies, metadata = map(list, zip(*rows, strict=True))
-    frame = encode_burst(feed, life, first, when, seeds, sequences, previous, kinds, bodies, metadata if annotated else None)
+    frame = encode_burst(
+        feed, life, first, when, seeds, sequences, previous, kinds, bodies, metadata if annotated else None
+    )
     burst, nonces = decode_data(frame)
     burst.check()
     assert nonces is None

@@ -1,0 +1,72 @@
+"""Payloads on their way in: chunks put together in warm memory, and compared with their checksum."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fabric.core import events
+from fabric.core.wire import checksum_of
+from fabric.payloads import BufferPool, PooledBuffer
+
+__all__ = ["Assemblies"]
+
+
+class _Assembly:
+    """One payload. One that comes as a single chunk is taken as it is."""
+
+    __slots__ = ("place", "size", "view")
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.place: PooledBuffer | None = None
+        self.view: memoryview | None = None
+
+
+class Assemblies:
+    """All payloads of one member that are under way."""
+
+    def __init__(self, pool: BufferPool) -> None:
+        self._pool = pool
+        self._all: dict[tuple[int, int], _Assembly] = {}
+
+    def begin(self, command: events.BeginPayload) -> None:
+        """Expect a payload."""
+        self._all[command.space, command.number] = _Assembly(command.size)
+
+    def place(self, command: events.PlaceChunk) -> None:
+        """Put a chunk in its place."""
+        assembly = self._all[command.space, command.number]
+        chunk = memoryview(command.chunk)
+        if chunk.nbytes == assembly.size:
+            assembly.view = chunk.toreadonly()
+            return
+        if assembly.place is None:
+            assembly.place = self._pool.take(assembly.size)
+        target = np.frombuffer(assembly.place.view, dtype=np.uint8)  # numpy copies without the interpreter's lock
+        np.copyto(target[command.position : command.position + chunk.nbytes], np.frombuffer(chunk, dtype=np.uint8))
+
+    def finish(self, command: events.FinishPayload) -> memoryview | None:
+        """The bytes, read-only; None if they are not what their publisher sent: then they are expected once more."""
+        key = command.space, command.number
+        assembly = self._all[key]
+        view = assembly.view
+        if view is None:
+            assert assembly.place is not None, "all of it was placed"
+            view = assembly.place.view
+        if checksum_of(view) != command.checksum:
+            assembly.view = None
+            return None
+        del self._all[key]
+        if assembly.view is None:
+            assert assembly.place is not None
+            del view  # what is frozen must not be looked at through a writable view
+            return assembly.place.freeze()
+        if assembly.place is not None:
+            assembly.place.release()
+        return view
+
+    def drop(self, command: events.DropPayload) -> None:
+        """Give up a payload."""
+        assembly = self._all.pop((command.space, command.number), None)
+        if assembly is not None and assembly.place is not None:
+            assembly.place.release()
