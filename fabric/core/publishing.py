@@ -53,6 +53,8 @@ class Publishing:
         retention = context.config.retention
         self.retention = Retention(owed_bytes_max=retention.owed_bytes_max, kept_bytes_max=retention.kept_bytes_max)
         self._registrations: dict[str, dict[int, _Registration]] = {}
+        self._expired: dict[str, dict[int, None]] = {}
+        """Subscriptions of members that were absent too long; should they come back, they are told."""
         self._pending: dict[int, OutFeed] = {}
         """Feeds that some reader has not acknowledged to their end: they are marked and listed."""
 
@@ -98,6 +100,7 @@ class Publishing:
             self._context.counts[Drop.STALE] += 1
             return
         mine = self._registrations.setdefault(peer.name, {})
+        self._expired.get(peer.name, {}).pop(number, None)
         registration = mine.get(number)
         if registration is None:
             if len(mine) >= REGISTRATIONS_PER_PEER_MAX:
@@ -144,6 +147,7 @@ class Publishing:
 
     def on_unregister(self, peer: Peer, number: int) -> None:
         """A peer is done with a subscription; it asks until it hears that we do not know it any more."""
+        self._expired.get(peer.name, {}).pop(number, None)
         self.unregister(peer.name, number)
         self._context.send(peer.name, Kind.UNKNOWN, number)
 
@@ -162,6 +166,7 @@ class Publishing:
         """A member left, died or began a new life: what it subscribed to ended with it."""
         for number in list(self._registrations.get(name, ())):
             self.unregister(name, number)
+        self._expired.pop(name, None)
 
     def registrations_of(self, name: str) -> int:
         """How many subscriptions of a member are registered here."""
@@ -266,12 +271,16 @@ class Publishing:
             for registration in self._registrations.get(peer.name, {}).values():
                 if registration.unproven:
                     self._tell(registration, [self.by_id[feed] for feed in registration.unproven])
+            for number in list(self._expired.get(peer.name, ()))[:UNKNOWN_PER_FRAME_MAX]:
+                self._context.send(peer.name, Kind.UNKNOWN, number)
 
     def _expire(self, peer: Peer) -> None:
         absent_ns = self._context.config.retention.absent_s * 1000 * MS
         if self._registrations.get(peer.name) and self._context.now - peer.heard_ns > absent_ns:
             self._context.counts["registrations_expired"] += len(self._registrations[peer.name])
+            expired = self._expired.get(peer.name, {}) | dict.fromkeys(self._registrations[peer.name])
             self.forget(peer.name)
+            self._expired[peer.name] = expired
 
     def next_deadline_ns(self) -> int:
         """When markers or heartbeats may be due."""

@@ -34,8 +34,8 @@ class _Subscription:
         self.start, self.delivery = event.start, event.delivery
         self.feeds: dict[tuple[str, str], InboundFeed] = {}
         """By source and topic: the incarnation that is being settled."""
-        self.later: dict[tuple[str, str], list[Any]] = {}
-        """Feeds of newer incarnations, until the current one is settled (S7)."""
+        self.later: dict[tuple[str, str], tuple[list[Any], int]] = {}
+        """Feeds of newer incarnations, with those, until the current one is settled (S7)."""
         self.confirmed: dict[str, int] = {}
         self.asked: dict[str, tuple[int, int, bool]] = {}
         """Peers that have not confirmed: when to ask again, the wait after that, whether to begin at offset 0."""
@@ -132,11 +132,19 @@ class Subscribing:
             subscription.asked[peer.name] = (self._context.now + REGISTER_FIRST_NS, REGISTER_FIRST_NS, True)
             self._context.wake_by(self._context.now + REGISTER_FIRST_NS)
             for key in [key for key in subscription.later if key[0] == peer.name]:
-                del subscription.later[key]  # of a life that is over before we came to it
+                self._miss(subscription, key)
             for (source, topic), inbound in list(subscription.feeds.items()):
                 if source == peer.name and inbound.incarnation < peer.incarnation and inbound.fin is None:
                     self._context.send(peer.name, Kind.STATUS, topic, inbound.incarnation)
         self._forget_leaving(peer)
+
+    def _miss(self, subscription: _Subscription, key: tuple[str, str]) -> None:
+        """A life of a publisher is over before we came to it: what it published is an open gap."""
+        feed, incarnation = subscription.later.pop(key)
+        if subscription.delivery is Delivery.RELIABLE and feed[2] != Policy.LOSSY:
+            self._past["open_gaps"] += 1
+            gap = ReportGap(subscription.number, *key, incarnation, feed[3], None, Drop.GAP)
+            self._context.emit(gap)
 
     def _forget_leaving(self, peer: Peer) -> None:
         """That life of it is over, and what it knew of us."""
@@ -208,7 +216,7 @@ class Subscribing:
         elif current is None:
             self._enter(subscription, peer, feed)
         elif current.incarnation < peer.incarnation:
-            subscription.later[key] = feed
+            subscription.later[key] = feed, peer.incarnation
             if current.fin is None:
                 self._context.send(peer.name, Kind.STATUS, feed[1], current.incarnation)
             self._check_finished(current)
@@ -254,7 +262,7 @@ class Subscribing:
 
     def _ask_again(self, peer: Peer, feed: int) -> None:
         for subscription in self.subscriptions.values():
-            waiting = any(later[0] == feed for later in subscription.later.values())
+            waiting = any(later[0][0] == feed for later in subscription.later.values())
             if peer.name not in subscription.asked and not waiting:
                 subscription.asked[peer.name] = (self._context.now, REGISTER_FIRST_NS, False)
                 self._context.wake_by(self._context.now)
@@ -316,12 +324,13 @@ class Subscribing:
             )
         del subscription.feeds[key]
         self._drop_inbound(inbound)
-        later = subscription.later.pop(key, None)
         peer = self._members.by_name[inbound.source]
-        if later is not None and not peer.is_gone:
-            self._enter(subscription, peer, later)
-        else:
-            self._context.emit(EndFeed(inbound.subscription, *key))
+        if key in subscription.later and not peer.is_gone:
+            self._enter(subscription, peer, subscription.later.pop(key)[0])
+            return
+        if key in subscription.later:
+            self._miss(subscription, key)
+        self._context.emit(EndFeed(inbound.subscription, *key))
 
     def _drop_inbound(self, inbound: InboundFeed) -> None:
         self._past.update(inbound.counts)

@@ -206,7 +206,7 @@ def test_the_end_of_an_old_life_is_asked_for_again_when_the_new_one_names_its_fe
     assert [row[3] for row in link["b"].delivered] == [1, 2]
 
 
-def test_a_life_that_was_over_before_we_came_to_it_is_passed_over() -> None:
+def test_a_life_that_was_over_before_we_came_to_it_is_an_open_gap() -> None:
     link = listening()
     link["b"].settles = False
     link.publish("a", "t")
@@ -221,6 +221,8 @@ def test_a_life_that_was_over_before_we_came_to_it_is_passed_over() -> None:
     link.settle("b")
     link.run(1_000)
     assert [row[3] for row in link["b"].delivered] == [1, 3]
+    gaps = link["b"].of(events.ReportGap)
+    assert [(gap.incarnation, gap.end) for gap in gaps] == [(2, None), (1, None)]
 
 
 def test_a_subscription_that_ended_is_not_taken_leave_of_from_a_later_life() -> None:
