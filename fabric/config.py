@@ -170,6 +170,12 @@ class Work:
     parked_ms: float = 2.0
     """The background thread resumes so long after the last waiting thread left."""
 
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "handlers", Handlers(self.handlers))
+        except ValueError:
+            raise ConfigError(f"{self.handlers!r} is neither thread nor step", field="work.handlers") from None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FabricConfig:
@@ -181,7 +187,7 @@ class FabricConfig:
     wildcard: bool = False
     """Whether `listen` may name every interface."""
     runtime_directory: Path | None = None
-    """For sockets and cards; private (0700). Default: the user's runtime directory."""
+    """For the cards that observers find; private (0700). Default: the user's runtime directory."""
     subscribe_timeout_s: float = 10.0
     """How long `subscribe` waits for the confirmation of live peers."""
     retention: Retention = field(default_factory=Retention)

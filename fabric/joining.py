@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from fabric.client import Fabric
 from fabric.config import FabricConfig
 from fabric.core import events
+from fabric.core.members import Peer
 from fabric.core.wire import VERSION
 from fabric.engine.dispatch import Dispatcher
 from fabric.engine.loop import Engine
@@ -18,7 +19,7 @@ from fabric.engine.sleeping import ThreadedWaits
 from fabric.errors import ConfigError, JoinTimeoutError, RendezvousError, VersionMismatchError, shortened
 from fabric.rendezvous import Card, announce, find, open_rendezvous, this_host, withdraw
 from transports import Endpoints
-from transports.base import SocketLimits
+from transports.base import AddressError, SocketLimits
 from transports.zeromq import ZeroMQTransport
 
 __all__ = ["Entry", "enter_job", "enter_rank", "join", "observe"]
@@ -94,9 +95,7 @@ def observe(
     return _seat(enter_job(job, name, address, config, timeout_s))
 
 
-def enter_job(
-    job: str | None, name: str, address: str | None, config: FabricConfig | None, timeout_s: float
-) -> Entry:
+def enter_job(job: str | None, name: str, address: str | None, config: FabricConfig | None, timeout_s: float) -> Entry:
     """All of `observe` but for the face; its parameters."""
     deadline = time.monotonic() + timeout_s
     entry = Entry(config or FabricConfig())
@@ -108,7 +107,7 @@ def enter_job(
             if job is None:
                 raise ConfigError("an address needs the name of its job", field="job")
             entry.open(name, None, 1, job)
-            cards = entry.ask(address, entry.card, timeout_s)
+            cards = entry.look_in(address, timeout_s)
         entry.greet(cards, deadline)
         return entry
     except BaseException:
@@ -145,7 +144,10 @@ class Entry:
     def open(self, name: str, rank: int | None, world_size: int, job: str) -> None:
         """Bind the sockets and start the engine."""
         limits = SocketLimits(wildcard=self.config.wildcard, prefixes=FEEDS_FOLLOWED_MAX, sockets=4096)
-        transport = ZeroMQTransport(listen=self.config.listen, name=f"{job}/{name}", limits=limits)
+        try:
+            transport = ZeroMQTransport(listen=self.config.listen, name=f"{job}/{name}", limits=limits)
+        except AddressError as error:
+            raise ConfigError(str(error), field="listen") from error
         endpoints = transport.endpoints
         self.card = Card(
             job=job,
@@ -184,38 +186,53 @@ class Entry:
     def ask(self, address: str, card: Card, timeout_s: float) -> list[Card]:
         """Ask a control address for its roster. Raises `TimeoutError`."""
         engine, key = self.engine, f"roster at {address}"
-        before = len(engine.core.members.by_name)
+        counts = engine.core.context.counts
+        before = counts["rosters_heard"]  # not who is known: a greeting may overtake the roster
         with engine.lock:
             own = engine.transport.endpoints
-            engine.transport.connect(key, Endpoints(own.data, address, address))
+            try:
+                engine.transport.connect(key, Endpoints(own.data, address, address))
+            except AddressError as error:
+                raise ConfigError(str(error), field="address") from error
         try:
             deadline = time.monotonic() + timeout_s
-            while len(engine.core.members.by_name) <= before:
+            while counts["rosters_heard"] == before:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise TimeoutError(f"{address} did not answer")
                 engine.submit(events.RosterAsked(key))
-                engine.until(lambda: len(engine.core.members.by_name) > before, min(0.1, left))
+                engine.until(lambda: counts["rosters_heard"] > before, min(0.1, left))
         finally:
             with engine.lock:
                 engine.transport.disconnect(key)
         return self.roster()
 
+    def look_in(self, address: str, timeout_s: float) -> list[Card]:
+        """Ask an address that the user gave; what we learn of the job there is ours, too."""
+        try:
+            cards = self.ask(address, self.card, timeout_s)
+        except TimeoutError as error:
+            raise JoinTimeoutError("the job was not found", waited_s=timeout_s, state=str(error)) from error
+        world_size = max((card.world_size for card in cards if card.rank is not None), default=1)
+        self.engine.card = replace(self.engine.card, world_size=world_size)
+        return cards
+
     def greet(self, cards: list[Card], deadline: float) -> None:
         """Greet all members and wait until they know us, and we their subscriptions."""
-        engine = self.engine
+        engine, began = self.engine, time.monotonic()
         others = {card.name for card in cards if card.name != self.card.name}
         for card in cards:
             engine.submit(events.PeerAnnounced(_to_event(card)))
 
         def missing() -> list[str]:
             members = engine.core.members.by_name
-            return sorted(name for name in others if name not in members or not members[name].sees_us)
+            return sorted(name for name in others if name not in members or not _has_met(members[name]))
 
         if not engine.until(
             lambda: bool(engine.version_mismatches) or not missing(), max(0.0, deadline - time.monotonic())
         ):
-            raise JoinTimeoutError("not all members answered", waited_s=0.0, state=f"missing: {shortened(missing())}")
+            waited_s, state = time.monotonic() - began, f"missing: {shortened(missing())}"
+            raise JoinTimeoutError("not all members answered", waited_s=waited_s, state=state)
         for name, theirs in engine.version_mismatches.items():
             raise VersionMismatchError(peer=name, ours=VERSION, theirs=theirs)
         directory = self.config.runtime_directory
@@ -224,7 +241,10 @@ class Entry:
             self.leave.insert(0, lambda: withdraw(self.card, directory=directory))
 
     def hand_over(self, on_exit: Callable[[], object]) -> None:
-        """It has its face: SIGTERM leaves by `with`, and the end of the process by `on_exit`. From the user's thread."""
+        """It has its face: from now on SIGTERM leaves by `with`, and the process ends by `on_exit`.
+
+        To be called on the user's thread.
+        """
         if self.config.install_signal_handler:
             self.leave.append(install_sigterm())
         self.membership.on_exit = on_exit
@@ -236,6 +256,11 @@ class Entry:
         else:
             for step in self.leave:
                 step()
+
+
+def _has_met(peer: Peer) -> bool:
+    """Whether it knows us; one that left already did, or it would not have said goodbye."""
+    return peer.sees_us or peer.state == "left"
 
 
 def _to_event(card: Card) -> events.Card:

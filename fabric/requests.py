@@ -25,6 +25,8 @@ from fabric.message import Reply
 
 __all__ = ["Question", "Requests"]
 
+METHOD_BYTES_MAX = 255
+"""Longest name of a method."""
 S = 1_000_000_000
 PRIORITIES = {"high": 0, "normal": 1, "low": 2}
 GRACE_S = 0.05
@@ -81,9 +83,9 @@ class Requests:
                     issued[rank] = self._issue(question, rank, deadline_ns)
                 except UnknownPeerError as error:
                     results[rank] = error
-            everybody = list(issued.values())
+            under_way = list(issued.values())
             yield Wait(
-                lambda: all(waiting.outcome is not None for waiting in everybody), self._left_s(deadline_ns), serving=True
+                lambda: all(one.outcome is not None for one in under_way), self._left_s(deadline_ns), serving=True
             )
             for rank, waiting in issued.items():
                 try:
@@ -109,6 +111,7 @@ class Requests:
             raise ConfigError(f"{priority!r} is none of {', '.join(PRIORITIES)}", field="priority")
         if len(self._waiting) >= engine.config.requests.pending_max:
             raise ConfigError(f"{len(self._waiting)} requests wait already", field="requests.pending_max")
+        check_method(method)
         name = self._name_of(to)
         kind, blob, payload = pack_value(value, limit=engine.config.inboxes.payload_bytes_max)
         packed = pack_metadata(metadata) if metadata else b""
@@ -159,3 +162,14 @@ def _failure(blob: memoryview) -> tuple[str, str]:
         return str(kind), str(text)
     except (ValueError, TypeError):
         return "unknown", "its report cannot be read"
+
+
+def check_method(method: str) -> str:
+    """Return `method`, or raise `ConfigError`: a name of 1 to 255 bytes of text."""
+    try:
+        size = len(method.encode())
+    except (AttributeError, UnicodeEncodeError):
+        raise ConfigError(f"{method!r:.80} is no text", field="method") from None
+    if not 1 <= size <= METHOD_BYTES_MAX:
+        raise ConfigError(f"a method has 1 to {METHOD_BYTES_MAX} bytes, not {size}", field="method")
+    return method

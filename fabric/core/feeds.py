@@ -86,8 +86,8 @@ class OutFeed:
 
     @property
     def is_acknowledged(self) -> bool:
-        """Whether every reader acknowledged everything."""
-        return not self.readers or self.acknowledged >= self.end
+        """Whether every reader said so itself: what was dropped before it was read has to be told, too."""
+        return all(floor >= self.end for floor in self.readers.values())
 
     def find(self, offset: int) -> StoredBurst | None:
         """The retained burst that holds `offset`."""

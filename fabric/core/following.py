@@ -6,6 +6,8 @@ subscription has an `InboundFeed` of its own, and what any of them misses is pul
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
+
 from fabric.core.events import Buffer, FollowFeed, UnfollowFeed
 from fabric.core.fetching import Fetching
 from fabric.core.lanes import InboundFeed
@@ -18,6 +20,7 @@ __all__ = ["FollowedFeed", "Following"]
 PULL_RANGES_MAX = 64
 """Ranges in one pull (reliability notes, section 4.7)."""
 ACKNOWLEDGEMENTS_PER_FRAME = 4000
+JOINS_PER_FRAME = 1000
 JOIN_FIRST_NS, JOIN_MAX_NS = 20 * MS, 1000 * MS
 
 
@@ -27,6 +30,7 @@ class FollowedFeed:
     __slots__ = (
         "asked_end",
         "asked_first",
+        "behind_ns",
         "far",
         "feed",
         "inbounds",
@@ -40,6 +44,7 @@ class FollowedFeed:
         "pull_due_ns",
         "pull_wait_ns",
         "pushed",
+        "queued_ns",
         "token",
         "topic",
     )
@@ -47,8 +52,10 @@ class FollowedFeed:
     def __init__(self, feed: int, peer: Peer, topic: str, known: int, first_wait_ns: int) -> None:
         self.feed, self.peer, self.topic, self.incarnation, self.known = feed, peer, topic, peer.incarnation, known
         self.inbounds: list[InboundFeed] = []
-        self.pushed = 0
+        self.pushed = self.queued_ns = 0
         """What came over the push link, or was marked there, ends here: what is absent below it is lost."""
+        self.behind_ns = 0
+        """Since when a heartbeat knows more than the push link told; 0 if it does not."""
         self.live = self.far = False
         self.nonce = self.token = self.join_due_ns = self.pull_due_ns = self.asked_end = self.asked_first = 0
         self.join_wait_ns, self.pull_wait_ns = JOIN_FIRST_NS, first_wait_ns
@@ -62,10 +69,14 @@ class Following:
         self.feeds: dict[int, FollowedFeed] = {}
         self._dirty: dict[tuple[int, int], tuple[Peer, InboundFeed]] = {}
         self._dirty_bytes = self._acknowledge_due_ns = self._nonce = 0
+        self._joining: dict[str, list[tuple[int, int]]] = {}
+        """Feeds and nonces to send, by peer."""
         self._claiming: dict[InboundFeed, FollowedFeed] = {}
         """Subscriptions to feeds whose addressed values wait for room."""
         self._restless: dict[int, FollowedFeed] = {}
         """Feeds that wait for a marker or for the answer to a pull; only these need the clock."""
+        self._dues: list[tuple[int, int]] = []
+        """A heap of (when, feed) of the restless; what is not the feed's `queued_ns` any more is met and dropped."""
         self._starved: dict[int, FollowedFeed] = {}
         """Feeds that miss something and have no room for it; subscriptions share their room among feeds."""
 
@@ -126,6 +137,8 @@ class Following:
         followed.peer.data_heard_ns = followed.peer.heard_ns = self._context.now
         followed.pushed = max(followed.pushed, burst.end)
         followed.known = max(followed.known, burst.end)
+        if followed.pushed == followed.known:
+            followed.behind_ns = 0
         self._receive(followed, burst)
         for inbound in followed.inbounds:
             if inbound.have:
@@ -174,6 +187,8 @@ class Following:
         followed.peer.data_heard_ns = followed.peer.heard_ns = self._context.now
         followed.pushed = max(followed.pushed, end)
         self._learn_end(followed, end)
+        if followed.pushed == followed.known:
+            followed.behind_ns = 0
         if followed.nonce in nonces and not followed.far:
             followed.live = True
         self._pull(followed)
@@ -183,6 +198,8 @@ class Following:
         """A heartbeat lists a feed that we have not acknowledged to its end; False if we do not follow it."""
         followed = self.feeds.get(feed)
         if followed is not None:
+            if end > followed.pushed and not followed.behind_ns:
+                followed.behind_ns = self._context.now
             self._learn_end(followed, end)
             self._pull(followed)
         return followed is not None
@@ -208,6 +225,7 @@ class Following:
             self._context.counts[Drop.STRANGER] += 1
             return
         self._context.counts["bytes_repaired"] += burst.size
+        peer.bulk_heard_ns = self._context.now
         followed.known = max(followed.known, burst.end)
         if token == followed.token:
             followed.pull_due_ns = self._context.now + followed.pull_wait_ns
@@ -220,9 +238,11 @@ class Following:
         followed = self.feeds.get(feed)
         if followed is None or followed.peer is not peer or first > end or end >= 2**63:
             return None
+        peer.bulk_heard_ns = self._context.now
         followed.known = max(followed.known, end)
         for inbound in followed.inbounds:
             inbound.learn(first, end, lost)
+            self.acknowledge_soon(followed, inbound)
         if token == followed.token:
             self._continue(followed)
         return followed
@@ -243,7 +263,8 @@ class Following:
 
     def _target(self, followed: FollowedFeed) -> int:
         """Below this offset, what is absent is lost. On a live link only the link itself tells, or its silence."""
-        silent_ns = self._context.now - followed.peer.data_heard_ns
+        # Silence counts from when there was something to say: a link that was idle before is not slow.
+        silent_ns = self._context.now - max(followed.peer.data_heard_ns, followed.behind_ns)
         if followed.live and silent_ns < 2 * self._context.config.liveness.marker_ms * MS:
             return followed.pushed
         return followed.known
@@ -251,6 +272,12 @@ class Following:
     def _pull(self, followed: FollowedFeed) -> None:
         now = self._context.now
         if now < followed.pull_due_ns or followed.peer.is_gone:
+            return
+        if followed.pull_due_ns and self._is_answering(
+            followed.peer.bulk_heard_ns, followed.pull_due_ns, followed.pull_wait_ns
+        ):
+            followed.pull_due_ns = followed.peer.bulk_heard_ns + followed.pull_wait_ns
+            self._note(followed)
             return
         target, wanted = self._target(followed), RangeSet()
         for inbound in followed.inbounds:
@@ -282,9 +309,13 @@ class Following:
     def _note(self, followed: FollowedFeed) -> None:
         if followed.pull_due_ns or not (followed.live or followed.far):
             self._restless[followed.feed] = followed
-            self._context.wake_by(followed.pull_due_ns or followed.join_due_ns)
+            due_ns = followed.pull_due_ns or followed.join_due_ns
             if not (followed.live or followed.far):
-                self._context.wake_by(followed.join_due_ns)
+                due_ns = min(due_ns, followed.join_due_ns)
+            if not followed.queued_ns or due_ns < followed.queued_ns:
+                followed.queued_ns = due_ns
+                heappush(self._dues, (due_ns, followed.feed))
+                self._context.wake_by(due_ns)
         else:
             self._restless.pop(followed.feed, None)
 
@@ -295,8 +326,34 @@ class Following:
         followed.nonce = (self._context.id + self._nonce) % 2**64
         followed.join_due_ns = self._context.now + followed.join_wait_ns
         followed.join_wait_ns = min(2 * followed.join_wait_ns, JOIN_MAX_NS)
-        self._context.send(followed.peer.name, Kind.JOIN, [(followed.feed, followed.nonce)])
+        self._joining.setdefault(followed.peer.name, []).append((followed.feed, followed.nonce))
         self._note(followed)
+
+    def _join_again(self, followed: FollowedFeed) -> None:
+        heard_ns = followed.peer.data_heard_ns
+        if self._is_answering(heard_ns, followed.join_due_ns, followed.join_wait_ns):
+            followed.join_due_ns = self._context.now + followed.join_wait_ns
+            followed.join_wait_ns = min(2 * followed.join_wait_ns, JOIN_MAX_NS)
+            self._note(followed)
+        else:
+            self._join(followed)
+
+    def _is_answering(self, heard_ns: int, due_ns: int, wait_ns: int) -> bool:
+        """Whether a peer that we asked for much is still at it: then asking again would only make it more."""
+        now = self._context.now
+        return now < heard_ns + wait_ns and now < due_ns + self._context.config.repair.retry_ms_max * MS
+
+    @property
+    def has_joins(self) -> bool:
+        """Whether `send_joins` has something to send."""
+        return bool(self._joining)
+
+    def send_joins(self) -> None:
+        """What one event led to join leaves together: many feeds are often named at once."""
+        for name, entries in self._joining.items():
+            for begin in range(0, len(entries), JOINS_PER_FRAME):
+                self._context.send(name, Kind.JOIN, entries[begin : begin + JOINS_PER_FRAME])
+        self._joining.clear()
 
     def _leave_push(self, followed: FollowedFeed) -> None:
         """Far behind: leave the live feed and only pull (S8)."""
@@ -349,19 +406,25 @@ class Following:
     def tick(self) -> None:
         """Repeat what was not answered."""
         now = self._context.now
-        for followed in list(self._restless.values()):
+        dues = self._dues
+        while dues and dues[0][0] <= now:
+            due_ns, feed = heappop(dues)
+            followed = self._restless.get(feed)
+            if followed is None or due_ns != followed.queued_ns:
+                continue  # it came to rest, or is due at another time
+            followed.queued_ns = 0
             if followed.peer.is_gone:
-                del self._restless[followed.feed]
+                del self._restless[feed]
                 continue
             if not followed.live and not followed.far and now >= followed.join_due_ns:
-                self._join(followed)
+                self._join_again(followed)
             self._pull(followed)
+            self._note(followed)
         if self._dirty and now >= self._acknowledge_due_ns:
             self.acknowledge()
 
     def next_deadline_ns(self) -> int | None:
         """When something has to be repeated or acknowledged."""
         dues = [self._acknowledge_due_ns] if self._dirty else []
-        dues += [followed.join_due_ns for followed in self._restless.values() if not followed.live and not followed.far]
-        dues += [followed.pull_due_ns for followed in self._restless.values() if followed.pull_due_ns]
+        dues += [self._dues[0][0]] if self._dues else []
         return min(dues, default=None)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from fabric.core.events import Buffer, Deliver, ReportGap
 from fabric.core.ranges import RangeSet
@@ -73,6 +73,7 @@ class InboundFeed:
         "_emit",
         "_holders",
         "_ready",
+        "_tops",
         "_unclaimed",
         "_waiting",
         "awaiting",
@@ -131,6 +132,8 @@ class InboundFeed:
         """Whether something was not taken for lack of room since the engine last looked."""
         self.counts: Counter[str] = Counter()
         self._holders: dict[Burst, int] = {}
+        self._tops: list[int] = []
+        """A heap of the held offsets, negated, once one had to give way; some are held no longer."""
         self._waiting: dict[int, int] = {}
         self._ready: list[int] = []
         self._unclaimed: list[int] = []
@@ -216,6 +219,8 @@ class InboundFeed:
         self._holders[burst] += 1
         self.held[offset] = burst
         self.have.add(offset, offset + 1)
+        if self._tops:
+            heappush(self._tops, -offset)
         return True
 
     def _make_room(self, offset: int, burst: Burst, size: int) -> bool:
@@ -223,12 +228,26 @@ class InboundFeed:
         if offset == self.next:
             return True
         while self.room.hold + size > self.room.hold_max and self.held:
-            highest = max(self.held)
+            highest = self._highest()
             if highest < offset:
                 return self._is_deliverable(offset, burst)
             self._forget(highest)
             self._turn_away(highest)
         return self.room.hold + size <= self.room.hold_max or self._is_deliverable(offset, burst)
+
+    def _highest(self) -> int:
+        """The highest offset that is held; something is.
+
+        Asked for with every row once the room is used up: looking through 100,000 rows each time took seconds.
+        """
+        if len(self._tops) > _STALE_MAX + 2 * len(self.held):
+            self._tops.clear()
+        if not self._tops:
+            self._tops += [-offset for offset in self.held]
+            heapify(self._tops)
+        while -self._tops[0] not in self.held:
+            heappop(self._tops)
+        return -self._tops[0]
 
     def _is_deliverable(self, offset: int, burst: Burst) -> bool:
         index = offset - burst.first
@@ -507,7 +526,7 @@ class InboundFeed:
         if self.best_effort or self.next >= target:
             return []
         ranges: list[tuple[int, int]] = []
-        ceiling = max(self.held) if self.held and self.room.left <= 0 else target
+        ceiling = self._highest() if self.held and self.room.left <= 0 else target
         for first, end in self.have.missing(max(self.next, self.first_available), min(target, ceiling)):
             ranges += self.lost.missing(first, end)
             if len(ranges) >= most:

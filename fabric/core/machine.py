@@ -18,12 +18,14 @@ from fabric.core.exchange import Exchange
 from fabric.core.fetching import Fetching
 from fabric.core.members import Context, Members, Peer, card_fields, card_of
 from fabric.core.publishing import Publishing
-from fabric.core.subscribing import Subscribing
+from fabric.core.subscribing import FEEDS_PER_SUBSCRIPTION_MAX, Subscribing
 from fabric.core.wire import Control, Drop, Kind, decode_control, decode_data, encode_control, member_id
 from fabric.errors import WireFormatError
 
 __all__ = ["FabricCore"]
 
+ENDS_PER_FRAME = 4000
+"""Feeds in one BYE."""
 CARDS_PER_FRAME = 200
 """Cards in one ROSTER, of 1 KiB each at most: a name, a host and three addresses."""
 FETCH_BYTES_MAX = 64 * 1024 * 1024
@@ -42,6 +44,8 @@ class FabricCore:
         self.following = self.subscribing.following
         self.exchange = Exchange(self.context, self.members, self.fetching)
         self.members.in_use = self.subscribing.knows
+        self._farewells: dict[str, dict[int, int]] = {}
+        """Ends of feeds from peers whose goodbye is not complete."""
         self._handlers = self._by_event()
         self._messages = self._by_kind()
         self._unbound: dict[Kind, Callable[[Control], None]] = {
@@ -100,6 +104,8 @@ class FabricCore:
         context = self.context
         context.now = max(context.now, now_ns)
         self._handlers[type(event)](event)
+        if self.following.has_joins:
+            self.following.send_joins()
         commands = context.commands.copy()
         context.commands.clear()  # the same list for ever: inbound feeds hold on to its append
         return commands
@@ -228,6 +234,9 @@ class FabricCore:
             or card.name == self.context.name
         ):
             return
+        if peer.is_gone:  # overtaken by its goodbye: it does not come back in this life
+            self._count(Drop.STALE)
+            return
         self.members.sender_of(message, None)
         if new is not None:
             peer.hello_due_ns = self.context.now + peer.hello_wait_ns
@@ -251,9 +260,20 @@ class FabricCore:
         self.subscribing.on_fin(peer, topic, incarnation, end, exact)
 
     def _on_bye(self, peer: Peer, fields: Sequence[Any]) -> None:
-        self.members.leave(peer, "left")
-        self.subscribing.on_bye(peer, fields[0])
-        self._part_from(peer)
+        """The last of them ends it: many feeds take several frames."""
+        ends, is_last = fields
+        told = self._farewells.setdefault(peer.name, {})
+        if len(told) < FEEDS_PER_SUBSCRIPTION_MAX:
+            told.update(ends)
+        if is_last:
+            self.members.leave(peer, "left")
+            self.subscribing.on_bye(peer, self._farewells.pop(peer.name))
+            self._part_from(peer)
+
+    def _say_bye(self, peer: Peer, ends: list[tuple[int, int]]) -> None:
+        for begin in range(0, len(ends) or 1, ENDS_PER_FRAME):
+            is_last = begin + ENDS_PER_FRAME >= len(ends)
+            self.context.send(peer.name, Kind.BYE, ends[begin : begin + ENDS_PER_FRAME], is_last)
 
     def _on_peer_died(self, event: events.PeerDied) -> None:
         peer = self.members.by_name.get(event.name)
@@ -299,7 +319,7 @@ class FabricCore:
         if event.say_bye:
             for peer in self.members.others():
                 if not peer.is_gone and peer.state != "known":
-                    self.context.send(peer.name, Kind.BYE, ends)
+                    self._say_bye(peer, ends)
 
     # Payloads.
 

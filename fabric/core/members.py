@@ -20,7 +20,7 @@ MEMBERS_MAX = 1024
 NAME_BYTES_MAX = 255
 ZOMBIES_MAX = 16
 """Connections to older lives of members; the oldest gives way."""
-LIVES_REMEMBERED_MAX = 4
+LIVES_REMEMBERED_MAX = 16
 """Earlier lives of one member whose cards are remembered."""
 
 
@@ -57,6 +57,7 @@ class Peer:
 
     __slots__ = (
         "before",
+        "bulk_heard_ns",
         "card",
         "data_heard_ns",
         "heard_ns",
@@ -78,6 +79,7 @@ class Peer:
         self.sees_us = False
         """Whether it has told us that it knows this incarnation of us."""
         self.heard_ns = self.data_heard_ns = now
+        self.bulk_heard_ns = 0
         self.told_ns = self.probed_ns = 0
         self.hello_due_ns, self.hello_wait_ns = now, HELLO_FIRST_NS
 

@@ -18,6 +18,11 @@ __all__ = ["Publishing"]
 
 FEEDS_PER_FRAME = 400
 """Feeds in one REGISTERED: with the longest topics it stays below CONTROL_BYTES_MAX."""
+TICK_NS_MIN = 10 * MS
+"""Between two looks at all feeds that are not acknowledged."""
+MARKERS_PER_TICK_MAX = 256
+MARKER_REST_NS = MS // 10
+"""A marker costs about 30 us: with so much rest after each, thousands of feeds take a third of the time at most."""
 HEARTBEAT_FEEDS_MAX = 1000
 PULL_RANGES_MAX = 64
 """Ranges of a pull that are answered; the same as a subscriber asks for at once."""
@@ -55,6 +60,7 @@ class Publishing:
         self._registrations: dict[str, dict[int, _Registration]] = {}
         self._expired: dict[str, dict[int, None]] = {}
         """Subscriptions of members that were absent too long; should they come back, they are told."""
+        self._tick_due_ns = 0
         self._pending: dict[int, OutFeed] = {}
         """Feeds that some reader has not acknowledged to their end: they are marked and listed."""
 
@@ -80,7 +86,7 @@ class Publishing:
         out.last_data_ns = self._context.now
         if out.readers:
             self._pending[out.feed] = out
-            self._context.wake_by(self._context.now + self._context.config.liveness.idle_marker_ms * MS)
+            self._look_soon()
         if out.readers or out.listeners:
             self._context.emit(Broadcast(event.frame))
         self._context.counts["bursts_published"] += 1
@@ -133,7 +139,7 @@ class Publishing:
         out.readers[registration.reader] = join
         if join < out.end:
             self._pending[out.feed] = out
-            self._context.wake_by(self._context.now + self._context.config.liveness.idle_marker_ms * MS)
+            self._look_soon()
 
     def _tell(self, registration: _Registration, feeds: list[OutFeed]) -> None:
         name, number = registration.reader
@@ -243,17 +249,26 @@ class Publishing:
     def tick(self) -> None:
         """Mark idle feeds, send heartbeats, expire who was absent too long."""
         liveness, now = self._context.config.liveness, self._context.now
+        if now < self._tick_due_ns:
+            return
+        next_ns = now + (liveness.marker_ms if self._pending else liveness.heartbeat_ms) * MS
+        marked = 0
         for out in list(self._pending.values()):
-            idle_since = max(out.last_data_ns + liveness.idle_marker_ms * MS, 0)
-            if now >= idle_since and (
-                out.marked_ns < out.last_data_ns or now - out.marked_ns >= liveness.marker_ms * MS
-            ):
+            if now >= self._marker_due_ns(out) and marked < MARKERS_PER_TICK_MAX:
                 self._mark(out, [])
+                marked += 1
+            next_ns = min(next_ns, self._marker_due_ns(out))
+        self._tick_due_ns = max(next_ns, now + TICK_NS_MIN + marked * MARKER_REST_NS)
         for peer in list(self._members.by_name.values()):
             if not peer.is_gone and peer.state != "known":
                 self._heartbeat(peer)
                 if peer.name != self._context.name:
                     self._expire(peer)
+
+    def _marker_due_ns(self, out: OutFeed) -> int:
+        liveness = self._context.config.liveness
+        idle_ns = out.last_data_ns + liveness.idle_marker_ms * MS
+        return idle_ns if out.marked_ns < out.last_data_ns else max(idle_ns, out.marked_ns + liveness.marker_ms * MS)
 
     def _heartbeat(self, peer: Peer) -> None:
         liveness, now = self._context.config.liveness, self._context.now
@@ -282,11 +297,16 @@ class Publishing:
             self.forget(peer.name)
             self._expired[peer.name] = expired
 
+    def _look_soon(self) -> None:
+        """Somebody owes an acknowledgement: markers may be due before the next heartbeat."""
+        due_ns = self._context.now + self._context.config.liveness.idle_marker_ms * MS
+        if due_ns < self._tick_due_ns:
+            self._tick_due_ns = due_ns
+            self._context.wake_by(due_ns)
+
     def next_deadline_ns(self) -> int:
         """When markers or heartbeats may be due."""
-        liveness = self._context.config.liveness
-        wait_ms = liveness.idle_marker_ms if self._pending else liveness.heartbeat_ms
-        return self._context.now + wait_ms * MS
+        return self._tick_due_ns
 
     # Looking.
 

@@ -52,6 +52,8 @@ class Subscribing:
         """Closed subscriptions of which a peer has to hear: when to tell it again, and the wait after that."""
         self._ended: list[InboundFeed] = []
         """Feeds whose end is not known: what follows their last record is an open gap."""
+        self._ending: dict[InboundFeed, int] = {}
+        """Feeds of lives that are over, and when to ask again where they ended."""
         self._past: Counter[str] = Counter()
         """What became of the records of feeds that are over."""
 
@@ -133,9 +135,9 @@ class Subscribing:
             self._context.wake_by(self._context.now + REGISTER_FIRST_NS)
             for key in [key for key in subscription.later if key[0] == peer.name]:
                 self._miss(subscription, key)
-            for (source, topic), inbound in list(subscription.feeds.items()):
+            for (source, _), inbound in list(subscription.feeds.items()):
                 if source == peer.name and inbound.incarnation < peer.incarnation and inbound.fin is None:
-                    self._context.send(peer.name, Kind.STATUS, topic, inbound.incarnation)
+                    self._ask_about_end(inbound)
         self._forget_leaving(peer)
 
     def _miss(self, subscription: _Subscription, key: tuple[str, str]) -> None:
@@ -218,7 +220,7 @@ class Subscribing:
         elif current.incarnation < peer.incarnation:
             subscription.later[key] = feed, peer.incarnation
             if current.fin is None:
-                self._context.send(peer.name, Kind.STATUS, feed[1], current.incarnation)
+                self._ask_about_end(current)
             self._check_finished(current)
         else:
             current.known = max(current.known, feed[4])
@@ -276,9 +278,8 @@ class Subscribing:
             if inbound is not None and inbound.incarnation == incarnation < peer.incarnation and inbound.fin is None:
                 self._finish(inbound, end if exact else 0, exact=exact)
 
-    def on_bye(self, peer: Peer, ends: list[tuple[int, int]]) -> None:
+    def on_bye(self, peer: Peer, told: dict[int, int]) -> None:
         """A publisher closed after it drained. Its ends are exact; what did not come by now will not come."""
-        told = dict(ends)
         self._forget_leaving(peer)
         for subscription in list(self.subscriptions.values()):
             subscription.asked.pop(peer.name, None)
@@ -360,22 +361,30 @@ class Subscribing:
                 peer = self._members.by_name[name]
                 if now >= due_ns and not peer.is_gone:
                     self._register(subscription, peer, from_start=from_start, wait_ns=wait_ns)
-            self._ask_about_ends(subscription)
         for (name, number), (due_ns, wait_ns) in list(self._leaving.items()):
             if now >= due_ns:
                 self._leave(self._members.by_name[name], number, wait_ns)
+        for inbound, due_ns in list(self._ending.items()):
+            if now >= due_ns:
+                self._ask_about_end(inbound)
         self.following.tick()
 
-    def _ask_about_ends(self, subscription: _Subscription) -> None:
-        for (name, topic), inbound in subscription.feeds.items():
-            peer = self._members.by_name[name]
-            if inbound.incarnation < peer.incarnation and inbound.fin is None and not peer.is_gone:
-                self._context.send(name, Kind.STATUS, topic, inbound.incarnation)
+    def _ask_about_end(self, inbound: InboundFeed) -> None:
+        """Its publisher lives a newer life; where did this one end? Asked until FIN, or another end, is told (S7)."""
+        peer = self._members.by_name[inbound.source]
+        followed = self.following.find(inbound)
+        if inbound.fin is not None or peer.is_gone or followed is None:
+            self._ending.pop(inbound, None)
+            return
+        self._ending[inbound] = self._context.now + REGISTER_FIRST_NS
+        self._context.wake_by(self._ending[inbound])
+        self._context.send(peer.name, Kind.STATUS, inbound.topic, inbound.incarnation)
 
     def next_deadline_ns(self) -> int | None:
         """When something has to be repeated or acknowledged."""
         dues = [due for subscription in self.subscriptions.values() for due, _, _ in subscription.asked.values()]
         dues += [due for due, _ in self._leaving.values()]
+        dues += self._ending.values()
         due_ns = self.following.next_deadline_ns()
         return min(dues if due_ns is None else [*dues, due_ns], default=None)
 

@@ -2,10 +2,10 @@
 
 All numbers are little-endian. Every frame ends with the XXH3-64 checksum of all bytes before it.
 
-    DATA     feed u64 | "TF" | version u8 | kind u8 | flags u16 | codec u16 | incarnation u64 | first u64 | count u32
-    | schema u32 | published_ns i64 | columns or nonces | bodies | checksum u64 CONTROL  "TF" | version u8 | kind u8
-    | reserved u32 | source u64 | incarnation u64 | msgpack array | checksum u64 BULK     a frame like those of
-    CONTROL, then the chunk as a second frame
+    DATA     feed u64 | "TF" | version u8 | kind u8 | flags u16 | codec u16 | incarnation u64 | first u64 |
+             count u32 | schema u32 | published_ns i64 | columns or nonces | bodies | checksum u64
+    CONTROL  "TF" | version u8 | kind u8 | reserved u32 | source u64 | incarnation u64 | msgpack array | checksum u64
+    BULK     a frame like those of CONTROL, then the chunk as a second frame
 
 The columns of a burst are whole arrays, one after the other: seeds i64, sequences i64, previous i64, lengths u32,
 metadata lengths u32 (only if flagged), kinds u8. A record's body is its metadata (a msgpack map) and then its value.
@@ -411,8 +411,8 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.FIN: (str, int, int, int, int, int, bool),
     # the newest incarnation of you that was seen
     Kind.FENCED: (int,),
-    # feeds with their ends
-    Kind.BYE: (Each(int, int),),
+    # feeds with their ends; whether this is the last of them
+    Kind.BYE: (Each(int, int), bool),
     # request, method, priority, milliseconds left, kind, metadata, blob (or a descriptor, if the kind is addressed)
     Kind.REQUEST: (int, str, int, int, int, bytes, bytes),
     Kind.ACCEPTED: (int,),

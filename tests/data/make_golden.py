@@ -38,7 +38,7 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.STATUS: ("layers.0.health", 6),
     Kind.FIN: ("layers.0.health", 6, 7, FEED, 0, 17, True),
     Kind.FENCED: (8,),
-    Kind.BYE: ([(FEED, 17)],),
+    Kind.BYE: ([(FEED, 17)], True),
     Kind.REQUEST: (1, "evaluate", 1, 10000, 2, b"\x80", b"value"),
     Kind.ACCEPTED: (1,),
     Kind.REPLY: (1, False, 2, b"answer"),

@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 
 from fabric.rendezvous import find
-from tests.harness.reader import ADDRESSED, HEARTBEAT, REGISTER, Reader, Record
+from tests.harness.page import (
+    ADDRESSED,
+    HEARTBEAT,
+    REGISTER,
+    Record,
+    decode_data,
+    decode_message,
+    encode_message,
+)
+from tests.harness.reader import Reader
 from tests.harness.waiting import until
 from tests.meta.source import ROOT
 
@@ -28,8 +37,9 @@ import json, sys, threading
 import numpy as np
 from fabric import join
 
-finished = threading.Event()
+begun, finished = threading.Event(), threading.Event()
 with join(rank=0, world_size=1, job={JOB!r}) as fabric:
+    fabric.respond("begin")(lambda request: begun.set())
     fabric.respond("finish")(lambda request: [finished.set(), request.value][1])
     fabric.respond("large")(lambda request: np.arange(50_000))
     fabric.respond("fail")(lambda request: 1 // 0)
@@ -37,6 +47,7 @@ with join(rank=0, world_size=1, job={JOB!r}) as fabric:
     values = fabric.publisher("values")
     health.wait_for_subscribers(1, timeout_s=20)
     fabric.subscribe("commands.**")  # the reader has to confirm it
+    assert begun.wait(20)
     for step in range({STEPS}):
         health.publish(np.full((2, 3), step, np.float32), seed=step % {SEEDS}, metadata={{"step": step}})
         if step % 10 == 9:
@@ -81,9 +92,7 @@ def a_member(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], Any]]:
 def met(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str], Reader]]:
     """A member, and a reader that has said hello to it."""
     with a_member(*getattr(request, "param", ())) as (process, card):
-        reader = Reader(
-            JOB, "reader", data=card.endpoints[0], control=card.endpoints[1], bulk=card.endpoints[2]
-        )
+        reader = Reader(JOB, "reader", data=card.endpoints[0], control=card.endpoints[1], bulk=card.endpoints[2])
         try:
             reader.hello()
             assert (reader.peer, reader.peer_incarnation) == (card.name, card.incarnation)
@@ -102,13 +111,14 @@ def finish(process: subprocess.Popen[str], reader: Reader) -> None:
     assert process.returncode == 0
 
 
-def test_the_reader_knows_nothing_of_the_library() -> None:
-    module = ast.parse((ROOT / "tests/harness/reader.py").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("file", ["page.py", "reader.py"])
+def test_the_reader_knows_nothing_of_the_library(file: str) -> None:
+    module = ast.parse((ROOT / "tests/harness" / file).read_text(encoding="utf-8"))
     found = [node for node in ast.walk(module) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in found if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in found if isinstance(node, ast.ImportFrom)}
-    outside = {name.split(".")[0] for name in names} - sys.stdlib_module_names
-    assert outside == {"msgpack", "numpy", "xxhash", "zmq"}
+    outside = {name.split(".")[0] for name in names - {"tests.harness.page"}} - sys.stdlib_module_names
+    assert outside <= {"msgpack", "numpy", "xxhash", "zmq"}
 
 
 def test_a_reader_of_the_page_receives_repairs_fetches_and_acknowledges(
@@ -123,6 +133,7 @@ def test_a_reader_of_the_page_receives_repairs_fetches_and_acknowledges(
     for feed in feeds.values():
         reader.follow(feed)
     health, values = feeds["layers.0.health"], feeds["values"]
+    assert reader.request("begin", "now") is None
 
     reader.receive_to(health, STEPS)
     assert set(range(50, 60)) | set(range(150, 160)) <= set(reader.lost), "the bursts of ten steps were lost"
@@ -176,6 +187,7 @@ def test_a_reader_without_torch_decodes_tensors(met: tuple[subprocess.Popen[str]
     health, values = feeds["layers.0.health"], feeds["values"]
     for feed in (health, values):
         reader.follow(feed)
+    assert reader.request("begin", "now") is None
     reader.receive_to(values, 13)
     reader.receive_to(health, STEPS)
     tensor, tied, bfloat16 = [reader.value(values, values.records[offset]) for offset in (10, 11, 12)]
@@ -189,11 +201,25 @@ def test_a_reader_without_torch_decodes_tensors(met: tuple[subprocess.Popen[str]
     finish(process, reader)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "data").glob("*.bin")), ids=lambda path: path.stem)
+def test_the_page_describes_the_golden_frames(path: Path) -> None:
+    frame = path.read_bytes()
+    if path.stem.startswith("data_"):
+        data = decode_data(frame)
+        assert (data.nonces is not None) == (path.stem == "data_marker")
+        assert len(data.records) == data.end - data.first
+    else:
+        message = decode_message(frame)
+        assert encode_message(message.kind, message.source, message.incarnation, *message.fields) == frame
+
+
 def test_the_page_names_every_kind_of_message() -> None:
-    """The table of section 4 and the code agree: number, name and the number of fields."""
+    """The table of section 4 and the code agree."""
     from fabric.core.wire import FIELDS
 
     page = Path(ROOT / "PROTOCOL.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:4] for line in page.splitlines() if line.startswith("| ") and line.count("|") == 4]
-    told = {name.strip(): int(number) for number, name, _ in rows if name.strip().isupper() and number.strip().isdigit()}
+    told = {
+        name.strip(): int(number) for number, name, _ in rows if name.strip().isupper() and number.strip().isdigit()
+    }
     assert {kind.name: int(kind) for kind in FIELDS}.items() <= told.items()

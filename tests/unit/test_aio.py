@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import inspect
+import contextvars
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -13,10 +12,10 @@ from typing import Any
 
 import pytest
 
-import fabric
 from fabric import FabricConfig, aio
 from fabric.aio import handlers
-from fabric.config import Retention
+from fabric.config import Delivery, Retention, Start
+from fabric.core.events import ExecuteRequest, SubscriptionOpened
 from fabric.errors import (
     ClosedError,
     JoinTimeoutError,
@@ -27,91 +26,13 @@ from fabric.errors import (
 )
 from fabric.joining import Entry
 from tests.harness.faces import rendezvous
+from tests.harness.looping import looped, rest, true
 
 CONFIG = FabricConfig(install_signal_handler=False)
 SMALL = replace(CONFIG, retention=Retention(owed_bytes_max=256 * 1024, publish_timeout_s=10.0))
 UNCONFIRMED = replace(CONFIG, subscribe_timeout_s=0.2)
 
-Scenario = Callable[..., Coroutine[Any, Any, None]]
-
-
-def looped(ranks: int = 2, config: FabricConfig = CONFIG) -> Callable[[Scenario], Callable[[], None]]:
-    """Run a scenario on a loop, with a member for each rank; they are closed at the end."""
-
-    def decorate(scenario: Scenario) -> Callable[[], None]:
-        async def main(*arguments: Any) -> None:
-            where = rendezvous()
-            async with contextlib.AsyncExitStack() as stack:
-                joins = [aio.join(config, rank=rank, world_size=ranks, rendezvous=where) for rank in range(ranks)]
-                members = [await stack.enter_async_context(member) for member in await asyncio.gather(*joins)]
-                await asyncio.wait_for(scenario(*members, *arguments), 40)
-
-        @functools.wraps(scenario)
-        def test(**fixtures: Any) -> None:
-            asyncio.run(main(*fixtures.values()))
-
-        parameters = list(inspect.signature(scenario).parameters.values())[ranks:]
-        test.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what pytest reads
-        return test
-
-    return decorate
-
-
-async def true(condition: Callable[[], object]) -> None:
-    """Until a condition holds."""
-    for _ in range(4000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it did not come true")
-
-
-# The names.
-
-CLASSES = ("Fabric", "Publisher", "Subscription")
-NOT_AWAITED = {"publisher", "on", "respond", "drain", "cursor", "handled_by", "statistics", "close_at_exit"}
-INSIDE = {"publisher_class", "subscription_class"}
-OUTBOX = {"abandon", "close_burst", "close_if_due", "has_left", "shut"}
-"""What the engine asks of a publisher; the asynchronous one keeps its outbox to itself."""
-
-
-def public(kind: type) -> dict[str, Any]:
-    return {name: getattr(kind, name) for name in dir(kind) if not name.startswith("_")}
-
-
-def test_the_asynchronous_face_has_the_same_names() -> None:
-    assert sorted(aio.__all__) == sorted(fabric.__all__)
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_each_method_has_the_same_signature_and_is_awaited(name: str) -> None:
-    theirs = public(getattr(aio, name))
-    for member, value in public(getattr(fabric, name)).items():
-        if member in INSIDE or (name == "Publisher" and member in OUTBOX):
-            continue
-        assert member in theirs, f"aio.{name}.{member} is missing"
-        if not callable(value):
-            continue
-        assert parameters(theirs[member]) == parameters(value), f"{name}.{member}"
-        awaited = inspect.iscoroutinefunction(theirs[member])
-        assert awaited is (member not in NOT_AWAITED), f"{name}.{member}"
-
-
-@pytest.mark.parametrize("name", ["join", "observe"])
-def test_entering_takes_the_same_parameters(name: str) -> None:
-    assert parameters(getattr(aio, name)) == parameters(getattr(fabric, name))
-    assert inspect.iscoroutinefunction(getattr(aio, name))
-
-
-def parameters(function: Any) -> list[tuple[str, Any, Any]]:
-    return [(each.name, each.kind, each.default) for each in inspect.signature(function).parameters.values()]
-
-
-def test_the_same_attributes_are_there() -> None:
-    for attribute in ("topic", "policy", "when_full", "next"):
-        assert isinstance(getattr(aio.Publisher, attribute), property)
-    assert aio.Subscription.__aiter__
-    assert aio.Message is fabric.Message
+variable = contextvars.ContextVar("variable", default="nobody's")
 
 
 # Cancelling.
@@ -124,10 +45,10 @@ async def test_a_cancelled_receive_loses_nothing(a: aio.Fabric, b: aio.Fabric) -
     for number in range(20):
         waiting = asyncio.create_task(inbox.receive())
         for _ in range(number % 4):
-            await asyncio.sleep(0)
+            await rest()
         await a.publish("t", number)
         for _ in range(number % 7):
-            await asyncio.sleep(0)
+            await rest()
         waiting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             taken.append((await waiting).value)
@@ -171,7 +92,7 @@ async def test_a_cancelled_request_is_abandoned(a: aio.Fabric, b: aio.Fabric) ->
 @looped()
 async def test_a_cancelled_subscribe_takes_its_subscription_back(a: aio.Fabric, b: aio.Fabric) -> None:
     waiting = asyncio.create_task(b.subscribe("t"))
-    await asyncio.sleep(0)
+    await rest()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
@@ -206,7 +127,7 @@ def test_a_join_that_ends_after_it_was_cancelled_gives_its_member_up(monkeypatch
 
     async def main() -> None:
         joining = asyncio.create_task(aio.join())
-        await asyncio.sleep(0)
+        await rest()
         joining.cancel()
         with pytest.raises(asyncio.CancelledError):
             await joining
@@ -260,8 +181,8 @@ async def test_another_thread_or_loop_is_refused(a: aio.Fabric, b: aio.Fabric) -
 async def test_a_subscription_serves_one_task_at_a_time(a: aio.Fabric, b: aio.Fabric) -> None:
     inbox = await b.subscribe("t")
     first = asyncio.create_task(inbox.receive())
-    await asyncio.sleep(0)
-    with pytest.raises(WrongThreadError):
+    await rest()
+    with pytest.raises(WrongThreadError, match=f"in use by thread {first.get_name()}, not "):
         await inbox.receive()
     await a.publish("t", 1)
     assert (await first).value == 1
@@ -293,7 +214,7 @@ async def test_who_never_has_to_wait_lets_others_run(a: aio.Fabric, b: aio.Fabri
         nonlocal other
         while True:
             other += 1
-            await asyncio.sleep(0)
+            await rest()
 
     counting = asyncio.create_task(count())
     for _ in range(20_000):
@@ -310,7 +231,7 @@ async def test_who_never_has_to_wait_lets_others_run(a: aio.Fabric, b: aio.Fabri
 async def test_a_loop_that_is_busy_does_not_silence_its_member(a: aio.Fabric, b: aio.Fabric) -> None:
     inbox = await a.subscribe("t")
     waiting = asyncio.create_task(inbox.receive(timeout_s=30))
-    await asyncio.sleep(0)
+    await rest()
     assert a._driver.until_ns, "the loop drives, so the background thread is parked"
     # The plain face blocks this loop; `a` has to confirm all the same.
     confirmed = b._engine.until(lambda: bool(b.peers["rank-0"].silent_s < 0.5), 5.0)
@@ -324,10 +245,19 @@ async def test_a_loop_that_is_busy_does_not_silence_its_member(a: aio.Fabric, b:
 
 
 def opened(number: int) -> Any:
-    from fabric.config import Delivery, Start
-    from fabric.core.events import SubscriptionOpened
-
     return SubscriptionOpened(number, "u", Start.LIVE, Delivery.RELIABLE, None)
+
+
+@looped()
+async def test_a_signal_of_another_thread_wakes_the_loop_once(a: aio.Fabric, b: aio.Fabric) -> None:
+    waiting = asyncio.create_task((await a.subscribe("t")).receive())
+    await rest()
+    thread = threading.Thread(target=a._driver.signal)
+    thread.start()
+    thread.join()
+    assert a._driver.is_stirred()
+    await true(lambda: not a._driver.is_stirred())
+    waiting.cancel()
 
 
 @looped()
@@ -351,7 +281,7 @@ def test_a_fabric_outlives_its_loop_and_leaves_at_exit() -> None:
     member = asyncio.run(main(0))
     with pytest.raises(WrongThreadError):
         asyncio.run(member.close())  # type: ignore[arg-type]  # a coroutine
-    member.close_at_exit()
+    member._membership.on_exit()  # type: ignore[attr-defined]  # what the end of the process calls
     assert member._engine.closed
 
 
@@ -372,6 +302,16 @@ async def test_a_block_that_fails_closes_its_member(a: aio.Fabric, b: aio.Fabric
             raise ZeroDivisionError
     with pytest.raises(ClosedError):
         await b.publish("t", 1)
+
+
+@looped()
+async def test_closing_a_subscription_ends_the_wait_of_another_task(a: aio.Fabric, b: aio.Fabric) -> None:
+    inbox = await b.subscribe("t")
+    waiting = asyncio.create_task(inbox.receive(timeout_s=30))
+    await rest(0.01)
+    await inbox.close()
+    with pytest.raises(ClosedError):
+        await waiting
 
 
 # Handlers.
@@ -412,7 +352,7 @@ async def test_only_so_many_handlers_run_at_once(a: aio.Fabric, b: aio.Fabric, m
         nonlocal running, most
         running += 1
         most = max(most, running)
-        await asyncio.sleep(0)
+        await rest()
         running -= 1
 
     publisher = a.publisher("t")
@@ -425,11 +365,14 @@ async def test_only_so_many_handlers_run_at_once(a: aio.Fabric, b: aio.Fabric, m
 
 @looped()
 async def test_a_handler_may_use_its_fabric_and_even_close_it(a: aio.Fabric, b: aio.Fabric) -> None:
+    closed = asyncio.Event()
+
     @b.on("t")
     async def handle(message: aio.Message) -> None:
         await b.publish("echo", message.value)
         if message.value == "end":
-            assert (await b.close(timeout_s=0.5)).waited_s < 5
+            await b.close(timeout_s=0.5)
+            closed.set()
 
     inbox = await a.subscribe("echo")
     publisher = a.publisher("t")
@@ -438,6 +381,24 @@ async def test_a_handler_may_use_its_fabric_and_even_close_it(a: aio.Fabric, b: 
     assert (await inbox.receive()).value == "one"
     await publisher.publish("end")
     assert [message.value async for message in inbox] == ["end"]
+    await closed.wait()
+
+
+@looped()
+async def test_handlers_do_not_see_the_context_of_who_happens_to_wait(a: aio.Fabric, b: aio.Fabric) -> None:
+    seen: list[str] = []
+    b.respond("plain")(lambda request: seen.append(variable.get()))
+
+    @b.respond("task")
+    async def respond(request: aio.Request) -> None:
+        seen.append(variable.get())
+
+    variable.set("of the test")
+    for number, method in enumerate(("plain", "task")):
+        b._engine.on_request(ExecuteRequest("rank-0", 1, number, method, 1, 10**18, 0, b"", b"", None), None)
+    b._dispatcher.run_some()  # as in a turn that somebody takes who waits in this context
+    await true(lambda: len(seen) == 2)
+    assert seen == ["nobody's", "nobody's"]
 
 
 @looped()
@@ -484,7 +445,9 @@ async def test_a_handler_that_cancels_itself_has_failed(a: aio.Fabric, b: aio.Fa
 async def test_after_on_the_next_call_waits_until_members_confirmed(a: aio.Fabric, b: aio.Fabric) -> None:
     seen: list[int] = []
     b.on("t")(lambda message: seen.append(message.value))
+    assert b._opened
     await b.publish("ready", 1)
+    assert b._opened == []
     publisher = a.publisher("t")
     await publisher.publish(5)
     await publisher.flush()
