@@ -19,62 +19,25 @@ from heapq import heapify, heappop, heappush
 
 from fabric.core.events import Buffer, Deliver, ReportGap
 from fabric.core.ranges import RangeSet
-from fabric.core.wire import ADDRESSED, NONE, Burst, Drop, decode_descriptor, feed_id
-from fabric.errors import WireFormatError
+from fabric.core.rooms import Claims, Room
+from fabric.core.wire import ADDRESSED, NONE, Burst, Drop, feed_id
 
-__all__ = ["InboundFeed", "Room"]
+__all__ = ["InboundFeed"]
 
 
 _STALE_MAX = 64
 """Ready offsets of records that gave way are swept out once there are so many."""
 
 
-class Room:
-    """The bytes that one subscription may hold, over all its feeds."""
-
-    __slots__ = (
-        "hand",
-        "hand_max",
-        "hold",
-        "hold_max",
-        "payload",
-        "payload_bytes_max",
-        "payload_max",
-        "queue",
-        "ranges_max",
-    )
-
-    def __init__(
-        self,
-        *,
-        hand_max: int,
-        hold_max: int,
-        ranges_max: int,
-        payload_max: int = 128 * 1024 * 1024,
-        payload_bytes_max: int = 1024 * 1024 * 1024,
-    ) -> None:
-        self.hand = self.hold = self.payload = 0
-        self.payload_max, self.payload_bytes_max = payload_max, payload_bytes_max
-        self.queue: dict[InboundFeed, None] = {}
-        """Feeds that have something ready and wait for room in the hand, which one of the others may have."""
-        self.hand_max, self.hold_max, self.ranges_max = hand_max, hold_max, ranges_max
-
-    @property
-    def left(self) -> int:
-        """Bytes that may be asked for."""
-        return max(0, self.hand_max - self.hand) + max(0, self.hold_max - self.hold)
-
-
 class InboundFeed:
     """What one subscription knows of one incarnation's feed. Created at its join offset."""
 
     __slots__ = (
-        "_claimed",
+        "_claims",
         "_emit",
         "_holders",
         "_ready",
         "_tops",
-        "_unclaimed",
         "_waiting",
         "awaiting",
         "best_effort",
@@ -136,10 +99,7 @@ class InboundFeed:
         """A heap of the held offsets, negated, once one had to give way; some are held no longer."""
         self._waiting: dict[int, int] = {}
         self._ready: list[int] = []
-        self._unclaimed: list[int] = []
-        """A heap of held offsets whose addressed values nobody asked for yet; stale ones are met and dropped."""
-        self._claimed: dict[int, int] = {}
-        """Bytes of the addressed values that were asked for, or are here, by held offset."""
+        self._claims = Claims(room, self.held, self.awaiting)
         self._emit = emit
 
     # Receiving.
@@ -192,7 +152,7 @@ class InboundFeed:
             elif self._hold(offset, burst):
                 if kinds[index] & ADDRESSED:
                     self.awaiting.add(offset)
-                    heappush(self._unclaimed, offset)
+                    self._claims.expect(offset)
                 self._expect(offset, previous[index])
         self._hand_over()
         self.advance()
@@ -272,7 +232,7 @@ class InboundFeed:
     def _unhold(self, offset: int) -> Burst:
         burst = self.held.pop(offset)
         self.awaiting.discard(offset)
-        self.room.payload -= self._claimed.pop(offset, 0)
+        self._claims.give(offset)
         self._holders[burst] -= 1
         if not self._holders[burst]:
             del self._holders[burst]
@@ -307,51 +267,28 @@ class InboundFeed:
     # Addressed values.
 
     def claim(self) -> Iterator[tuple[int, int, int]]:
-        """The addressed values that there is room to fetch now, lowest first: (offset, size, checksum).
-
-        Room is for what is under way and for what is complete but not handed over; the next record always has some.
-        """
-        while self._unclaimed:
-            offset = self._unclaimed[0]
-            burst = self.held.get(offset)
-            if burst is None or offset not in self.awaiting or offset in self._claimed:
-                heappop(self._unclaimed)
-                continue
-            try:
-                size, checksum = decode_descriptor(burst.body(offset - burst.first))
-            except WireFormatError:  # an empty value is none either: it would never be complete
-                self.payload_lost(offset, Drop.UNDECODABLE)
-                continue
-            if size > self.room.payload_bytes_max:
-                self.payload_lost(offset, Drop.TOO_LARGE)
-                continue
-            if not self._may_claim(offset, size):
+        """The addressed values that there is room to fetch now, lowest first: (offset, size, checksum)."""
+        while (lowest := self._claims.lowest()) is not None:
+            offset, size, checksum, problem = lowest
+            if problem is not None:
+                self.payload_lost(offset, problem)
+            elif self._claims.take(offset, size, is_next=offset == self.next):
+                yield offset, size, checksum
+            else:
                 return
-            self._claim(offset, size)
-            yield offset, size, checksum
-
-    def _may_claim(self, offset: int, size: int) -> bool:
-        room = self.room
-        return offset == self.next or not room.payload or room.payload + size <= room.payload_max
-
-    def _claim(self, offset: int, size: int) -> None:
-        self._claimed[offset] = size
-        self.room.payload += size
 
     @property
     def has_unclaimed(self) -> bool:
         """Whether addressed values wait for room."""
-        return bool(self._unclaimed)
+        return bool(self._claims)
 
     def payload_arrived(self, offset: int, payload: Buffer) -> None:
         """The addressed value of a held record is complete. One that we had no room to ask for is not kept."""
         burst = self.held.get(offset)
         if burst is None or offset not in self.awaiting:
             return
-        if offset not in self._claimed:
-            if not self._may_claim(offset, len(payload)):
-                return
-            self._claim(offset, len(payload))
+        if not self._claims.take(offset, len(payload), is_next=offset == self.next):
+            return
         self.awaiting.discard(offset)
         burst.payloads = burst.payloads or {}
         burst.payloads[offset] = payload
@@ -542,8 +479,8 @@ class InboundFeed:
         assert sum(self._holders.values()) == len(self.held)
         assert not any(offset in self.taken for offset in self.held)
         assert self.awaiting <= self.held.keys()
-        assert self._claimed.keys() <= self.held.keys()
-        assert self.room.payload >= sum(self._claimed.values())
+        assert self._claims.sizes.keys() <= self.held.keys()
+        assert self.room.payload >= sum(self._claims.sizes.values())
         assert all(first > self.floor for first, _ in self.settled), "a range at the floor is absorbed"
         ready = set(self._ready)
         for offset, burst in self.held.items():

@@ -9,8 +9,9 @@ from fabric.config import Delivery, Policy
 from fabric.core.events import BeginFeed, Buffer, EndFeed, MessagesSettled, ReportGap, SubscriptionOpened
 from fabric.core.fetching import Fetching
 from fabric.core.following import FollowedFeed, Following
-from fabric.core.lanes import InboundFeed, Room
+from fabric.core.lanes import InboundFeed
 from fabric.core.members import MS, Context, Members, Peer
+from fabric.core.rooms import Room
 from fabric.core.wire import Drop, Kind, feed_id
 from fabric.errors import TopicError
 from fabric.topics import check_topic, compile_pattern

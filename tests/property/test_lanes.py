@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fabric.core.events import Deliver, ReportGap
-from fabric.core.lanes import InboundFeed, Room
+from fabric.core.lanes import InboundFeed
+from fabric.core.rooms import Room
 from fabric.core.wire import Burst, Drop, encode_burst
 from tests.harness.bursts import Numbering, burst_of
 from tests.harness.pair import settled

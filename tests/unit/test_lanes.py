@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fabric.core.events import Deliver, ReportGap
-from fabric.core.lanes import InboundFeed, Room
+from fabric.core.lanes import InboundFeed
+from fabric.core.rooms import Room
 from fabric.core.wire import NONE, Drop, encode_burst
 from tests.harness.bursts import Numbering, burst_of
 

@@ -1,0 +1,104 @@
+"""What one subscription may hold: its room, and the claims of addressed values on it (I7)."""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from fabric.core.wire import Burst, Drop, decode_descriptor
+from fabric.errors import WireFormatError
+
+if TYPE_CHECKING:
+    from fabric.core.lanes import InboundFeed
+
+__all__ = ["Claims", "Room"]
+
+
+class Room:
+    """The bytes that one subscription may hold, over all its feeds."""
+
+    __slots__ = (
+        "hand",
+        "hand_max",
+        "hold",
+        "hold_max",
+        "payload",
+        "payload_bytes_max",
+        "payload_max",
+        "queue",
+        "ranges_max",
+    )
+
+    def __init__(
+        self,
+        *,
+        hand_max: int,
+        hold_max: int,
+        ranges_max: int,
+        payload_max: int = 128 * 1024 * 1024,
+        payload_bytes_max: int = 1024 * 1024 * 1024,
+    ) -> None:
+        self.hand = self.hold = self.payload = 0
+        self.payload_max, self.payload_bytes_max = payload_max, payload_bytes_max
+        self.queue: dict[InboundFeed, None] = {}
+        """Feeds that have something ready and wait for room in the hand, which one of the others may have."""
+        self.hand_max, self.hold_max, self.ranges_max = hand_max, hold_max, ranges_max
+
+    @property
+    def left(self) -> int:
+        """Bytes that may be asked for."""
+        return max(0, self.hand_max - self.hand) + max(0, self.hold_max - self.hold)
+
+
+class Claims:
+    """The addressed values of one feed that were asked for, or are here and not handed over, within the room.
+
+    The next record of the feed always has some: else what follows it could wait for room that it takes itself.
+    """
+
+    __slots__ = ("_awaiting", "_held", "_room", "_waiting", "sizes")
+
+    def __init__(self, room: Room, held: dict[int, Burst], awaiting: set[int]) -> None:
+        self._room, self._held, self._awaiting = room, held, awaiting
+        self._waiting: list[int] = []
+        """A heap of held offsets whose values nobody asked for yet; stale ones are met and dropped."""
+        self.sizes: dict[int, int] = {}
+        """Bytes, by held offset."""
+
+    def __bool__(self) -> bool:
+        """Whether values wait for room."""
+        return bool(self._waiting)
+
+    def expect(self, offset: int) -> None:
+        """This held record is addressed."""
+        heappush(self._waiting, offset)
+
+    def lowest(self) -> tuple[int, int, int, str | None] | None:
+        """The lowest value that nobody asked for: (offset, size, checksum, why it cannot be had)."""
+        while self._waiting:
+            offset = self._waiting[0]
+            burst = self._held.get(offset)
+            if burst is None or offset not in self._awaiting or offset in self.sizes:
+                heappop(self._waiting)
+                continue
+            try:
+                size, checksum = decode_descriptor(burst.body(offset - burst.first))
+            except WireFormatError:  # an empty value is none either: it would never be complete
+                return offset, 0, 0, Drop.UNDECODABLE
+            return offset, size, checksum, Drop.TOO_LARGE if size > self._room.payload_bytes_max else None
+        return None
+
+    def take(self, offset: int, size: int, *, is_next: bool) -> bool:
+        """Take room for a value; False if there is none. One that has it already needs no more."""
+        room = self._room
+        if offset in self.sizes:
+            return True
+        if not is_next and room.payload and room.payload + size > room.payload_max:
+            return False
+        self.sizes[offset] = size
+        room.payload += size
+        return True
+
+    def give(self, offset: int) -> None:
+        """This record is not held any more."""
+        self._room.payload -= self.sizes.pop(offset, 0)
