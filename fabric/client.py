@@ -64,9 +64,7 @@ class Fabric(Member[Publisher]):
     def _new_publisher(self, topic: str, policy: Policy, when_full: WhenFull, feed: int) -> Publisher:
         return self.publisher_class(self._engine, self._engine.budget, topic, policy, when_full, feed)
 
-    def publish(
-        self, topic: str, value: object, *, seed: int = 0, metadata: Mapping[str, object] | None = None
-    ) -> int:
+    def publish(self, topic: str, value: object, *, seed: int = 0, metadata: Mapping[str, object] | None = None) -> int:
         """Publish a snapshot of `value` on a topic; returns its sequence in the lane of `seed`.
 
         The topic's publisher is made with the defaults on first use. Raises as `Publisher.publish`, and `TopicError`.
@@ -153,6 +151,8 @@ class Fabric(Member[Publisher]):
 
     def serve(self, timeout_s: float) -> None:
         """Run step handlers on this thread for so long, or until the fabric is closed."""
+        if self._engine.forked_in:
+            self._engine.require_open()
         try:
             self._dispatcher.run_until(lambda: self._engine.closed, timeout_s)
         except ClosedError:
@@ -209,6 +209,8 @@ class Fabric(Member[Publisher]):
 
         The second call gives the same report. Returns within about `timeout_s` whatever the peers do.
         """
+        if self._engine.forked_in:
+            self._engine.require_open()
         with self._lock:
             if self._report is None:
                 self._dispatcher.close(min(1.0, timeout_s))
@@ -220,4 +222,5 @@ class Fabric(Member[Publisher]):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        self.close() if kind is None else self.close(timeout_s=1.0)
+        if not self._engine.forked_in:  # a forked child leaves the block: there is nothing of its own to close
+            self.close() if kind is None else self.close(timeout_s=1.0)

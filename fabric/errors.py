@@ -199,7 +199,10 @@ class BrokenError(FabricError):
 
 
 class WrongThreadError(FabricError, RuntimeError):
-    """A `Subscription` is used by two threads at once. Fields: `owner`, `caller`, thread names."""
+    """A `Subscription` is used by two threads or tasks at once, or an asynchronous fabric away from its event loop.
+
+    Fields: `owner`, `caller`, names of threads or tasks.
+    """
 
     template = "this subscription is in use by thread {owner}, not {caller}"
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["CloseReport", "Member", "PeerInfo", "check_handler", "check_subscription"]
 
 S = 1_000_000_000
+PROOF_S = 2.0
+"""How long `subscribe` waits for push links that nobody repairs; their first marker takes milliseconds."""
 DEAD_LETTERS_KEPT_MAX = 1000
 P = TypeVar("P", bound=PublisherBase)
 
@@ -132,7 +134,9 @@ class Member(Generic[P]):
         if publisher is None:
             publisher = self._make_publisher(check_topic(topic), chosen, full)
         if publisher.policy is not chosen or publisher.when_full is not full:
-            raise ConfigError(f"{topic} is {publisher.policy.value} / {publisher.when_full.value} already", field="policy")
+            raise ConfigError(
+                f"{topic} is {publisher.policy.value} / {publisher.when_full.value} already", field="policy"
+            )
         return publisher
 
     def _default_publisher(self, topic: str) -> P:
@@ -153,9 +157,7 @@ class Member(Generic[P]):
 
     # Subscribing.
 
-    def _opening(
-        self, pattern: str, start: str, delivery: str | None, seeds: frozenset[int] | None
-    ) -> Steps[Inbox]:
+    def _opening(self, pattern: str, start: str, delivery: str | None, seeds: frozenset[int] | None) -> Steps[Inbox]:
         engine = self._engine
         engine.require_open()
         compile_pattern(pattern)
@@ -178,6 +180,8 @@ class Member(Generic[P]):
                 raise SubscribeTimeoutError(
                     f"{pattern} was not confirmed", waited_s=timeout_s, state=f"missing: {missing}"
                 )
+            # Nobody repairs what a best-effort subscription misses, so it begins when its links are proven, or soon.
+            yield Wait(lambda: not subscribing.unproven(number), PROOF_S)
         finally:
             if not confirmed:
                 engine.inboxes.pop(number, None)
@@ -220,6 +224,8 @@ class Member(Generic[P]):
             for publisher in self._publishers.values():
                 publisher.shut()
             engine.submit(events.IntakeStopped())
+            for number in list(engine.inboxes):  # what we have not taken is owed to nobody: our peers may close, too
+                engine.submit(events.SubscriptionClosed(number))
             yield Wait(self._is_settled, timeout_s)
             left = self._unacknowledged()
             engine.submit(events.IntakeStopped(say_bye=True))
@@ -228,7 +234,7 @@ class Member(Generic[P]):
         return CloseReport(not left, (engine.clock() - began) / S, left)
 
     def _is_settled(self) -> bool:
-        return all(publisher.has_left for publisher in self._publishers.values()) and not self._unacknowledged()
+        return all(publisher._has_arrived for publisher in self._publishers.values()) and not self._unacknowledged()
 
     def _unacknowledged(self) -> dict[str, dict[str, tuple[int, int]]]:
         left: dict[str, dict[str, tuple[int, int]]] = {}

@@ -172,6 +172,11 @@ class TriedMessage(Message):
         super().__init__(burst, row, feed, burst.columns[0][row], burst.columns[1][row])
         self.attempt = 1
 
+    @property
+    def lane(self) -> tuple[object, int]:
+        """The feed and the seed that it belongs to, inside this member."""
+        return self._feed, self.seed
+
 
 class Request:
     """A peer's request as a handler sees it."""

@@ -19,6 +19,12 @@ class PublisherBase(Outbox):
             return {}
         return {reader: floor for reader, floor in list(out.readers.items()) if reader[0] != self.engine.card.name}
 
+    @property
+    def _has_arrived(self) -> bool:
+        """Whether the core has all that was taken; before that it may not know the feed, and so not who reads it."""
+        out = self.engine.core.publishing.feeds.get(self.topic)
+        return self.has_left and out is not None and out.end >= self.next
+
     def handled_by(self, offset: int) -> dict[str, bool]:
         """Whether each owed subscriber of another member has handled the record at this offset."""
         done: dict[str, bool] = {}
@@ -37,7 +43,11 @@ class PublisherBase(Outbox):
         """The steps of `flush`."""
         self.close_burst()
         end = self.next
-        if not (yield Wait(lambda: self.has_left and all(floor >= end for floor in self._readers().values()), timeout_s)):
+
+        def is_over() -> bool:
+            return self._has_arrived and all(floor >= end for floor in self._readers().values())
+
+        if not (yield Wait(is_over, timeout_s)):
             behind = [f"{name} at {floor}" for (name, _), floor in self._readers().items() if floor < end]
             text = f"{self.topic} is not acknowledged to {end}"
             raise WaitTimeoutError(text, waited_s=timeout_s, state=shortened(behind))
@@ -62,6 +72,3 @@ class Publisher(PublisherBase):
         Raises `WaitTimeoutError`.
         """
         run_steps(self._flushing(timeout_s), self._until)
-
-    def _until(self, wait: Wait) -> bool:
-        return self.engine.until(wait.is_over, wait.timeout_s)

@@ -17,6 +17,7 @@ from fabric.message import HeldMessage, Message
 from fabric.payloads import BYTES
 
 if TYPE_CHECKING:
+    from fabric.core.lanes import InboundFeed
     from fabric.engine.loop import Engine
 
 __all__ = ["Subscription", "SubscriptionBase"]
@@ -31,6 +32,8 @@ class SubscriptionBase:
         self.pattern = pattern
         self._engine, self._inbox, self._owning, self._idle_timeout_s = engine, inbox, owning, idle_timeout_s
         self._hand: Hand | None = None
+        self._latest: InboundFeed | None = None
+        """The feed that was read last; a timeout names it."""
         self._at = 0
         """The index, into the rows in hand, of the message that was handed out last."""
         self._earlier: list[Hand] = []
@@ -118,7 +121,7 @@ class SubscriptionBase:
         return messages
 
     def _rest_of_hand(self, hand: Hand) -> Iterator[tuple[int, Message]]:
-        """The messages after the one that was handed out last, with their positions; stops at one that was lost at its source."""
+        """The messages after the last that was handed out, with their positions; none if some were lost at source."""
         begin, burst, feed = self._at + 1, hand.item.burst, hand.item.feed
         rows = hand.rows[begin:]
         seeds, sequences, _, kinds, starts, metadata = burst.columns
@@ -128,8 +131,9 @@ class SubscriptionBase:
         if isinstance(rows, range) and metadata is None and kinds.count(BYTES) == len(kinds):
             frame, first = burst.frame, rows.start
             bodies = [frame[a:b] for a, b in pairwise(starts[first:])]
-            return zip(at, map(Message, repeat(burst), rows, repeat(feed), seeds[first:], sequences[first:], bodies))
-        return zip(at, [Message(burst, row, feed, seeds[row], sequences[row]) for row in rows])
+            fields = repeat(burst), rows, repeat(feed), seeds[first:], sequences[first:], bodies
+            return zip(at, map(Message, *fields), strict=False)
+        return zip(at, [Message(burst, row, feed, seeds[row], sequences[row]) for row in rows], strict=False)
 
     def _waiting(self, timeout_s: float, *, ending: bool = False) -> Steps[Message | None]:
         """The steps of waiting for a message. None comes only where all feeds are over, and only if `ending`."""
@@ -151,7 +155,7 @@ class SubscriptionBase:
                 raise ReceiveTimeoutError("no message", waited_s=timeout_s, state=state)
 
     def _position(self) -> str:
-        feed = self._hand.item.feed if self._hand else None
+        feed = self._latest
         return f"{feed.source}/{feed.topic} offset {feed.floor}" if feed else "no offset"
 
     def _next(self, *, keep: bool = False, look: bool = True) -> Message | None:
@@ -206,7 +210,7 @@ class SubscriptionBase:
         if not items:
             return False
         item = items.popleft()
-        self._hand, self._at = Hand(item, self._engine.submit_later), -1
+        self._hand, self._at, self._latest = Hand(item, self._engine.submit_later), -1, item.feed
         self.messages_received += len(self._hand.rows)
         self.bytes_received += item.size
         if item.feed.latest:
@@ -241,7 +245,7 @@ class SubscriptionBase:
         self._engine.push()
 
     def cursor(self) -> dict[str, Any]:
-        """Where this subscription stands in each feed: {"source/topic": (incarnation, floor, settled ranges above it)}."""
+        """Where this subscription stands: {"source/topic": (incarnation, floor, settled ranges above it)}."""
         self._enter()
         try:
             if self._hand is not None and not self._manual:
@@ -260,7 +264,7 @@ class SubscriptionBase:
 
     @property
     def joined(self) -> dict[tuple[str, str], int]:
-        """The join offset of each feed, by (source, topic): everything from there on is handed over, or reported as a gap."""
+        """The join offset of each feed, by (source, topic): all from there on is handed over, or reported as a gap."""
         return dict(self._inbox.joined)
 
     @property

@@ -186,6 +186,7 @@ class ThreadedWaits:
             self._waiting.remove(loop)
             self._loops.remove(loop)
         self._left(engine)
+        self._nap.signal()
 
     def _stand_in(self, engine: Engine) -> None:
         """A loop may be busy with something else for long: what is due or has arrived does not wait for it."""
@@ -227,7 +228,7 @@ class ThreadedWaits:
             now = engine.clock()
             resume_ns = max(self._left_ns + int(work.parked_ms * MS), self._attended_ns + ATTENDED_NS)
             if self._waiting:
-                self._nap.sleep(PARKED_LOOK_NS // 10)
+                self._nap.sleep(RELIEF_NS if self._loops else PARKED_LOOK_NS // 10)
                 if self._loops and not self._closing:
                     self._stand_in(engine)
             elif now < resume_ns:

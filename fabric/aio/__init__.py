@@ -1,0 +1,80 @@
+"""The asynchronous face: the names of `fabric`, awaited.
+
+    from fabric import aio
+
+    async with await aio.join() as fabric:
+        inbox = await fabric.subscribe("layers.**.health")
+        await fabric.publish("layers.0.health", tensor, seed=17)
+        async for message in inbox:
+            print(message.source, message.sequence, message.value.mean())
+
+A fabric belongs to the event loop that it was made on, which drives it while somebody waits. `inbox.drain()` stays a
+plain iterator, since it never waits. `fabric.on` and `fabric.respond` take coroutine functions and plain ones.
+"""
+
+from __future__ import annotations
+
+from fabric.aio.client import Fabric, in_thread
+from fabric.aio.publisher import Publisher
+from fabric.aio.subscription import Subscription
+from fabric.config import FabricConfig
+from fabric.engine.dispatch import DeadLetter
+from fabric.engine.inbox import Gap
+from fabric.errors import FabricError
+from fabric.joining import Entry, enter_job, enter_rank
+from fabric.member import CloseReport, PeerInfo
+from fabric.message import Message, Reply, Request
+from fabric.payloads import register
+
+__all__ = [
+    "CloseReport",
+    "DeadLetter",
+    "Fabric",
+    "FabricConfig",
+    "FabricError",
+    "Gap",
+    "Message",
+    "PeerInfo",
+    "Publisher",
+    "Reply",
+    "Request",
+    "Subscription",
+    "join",
+    "observe",
+    "register",
+]
+
+
+async def join(
+    config: FabricConfig | None = None,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    rendezvous: str | None = None,
+    job: str | None = None,
+    state_directory: object = None,
+    timeout_s: float = 60.0,
+) -> Fabric:
+    """Enter the fabric as a rank, as `fabric.join` does. The other ranks are met on a thread; cancelling leaves."""
+    entry = await in_thread(
+        lambda: enter_rank(config, rank, world_size, rendezvous, job, state_directory, timeout_s), Entry.give_up
+    )
+    return _seat(entry)
+
+
+async def observe(
+    job: str | None = None,
+    *,
+    name: str,
+    address: str | None = None,
+    config: FabricConfig | None = None,
+    timeout_s: float = 10.0,
+) -> Fabric:
+    """Enter a running job without a rank, as `fabric.observe` does."""
+    return _seat(await in_thread(lambda: enter_job(job, name, address, config, timeout_s), Entry.give_up))
+
+
+def _seat(entry: Entry) -> Fabric:
+    fabric = Fabric(entry.engine, entry.waits, entry.membership)
+    entry.hand_over(fabric.close_at_exit)
+    return fabric

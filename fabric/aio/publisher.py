@@ -1,0 +1,136 @@
+"""The publisher's face, awaited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fabric.aio.driving import LoopDriver, running_loop
+from fabric.config import Policy, WhenFull
+from fabric.publisher import PublisherBase
+from fabric.topics import check_seed
+
+__all__ = ["LoopOutbox", "Publisher"]
+
+MANY = 1024
+"""Values that `publish_many` takes before it lets others run: about a millisecond."""
+
+
+class _NoRoom(Exception):
+    """There is no room for so many bytes now: for the face, which waits for it."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(room)
+        self.room = room
+
+
+class LoopOutbox(PublisherBase):
+    """An outbox whose waiting is left to the loop."""
+
+    flooding = False
+
+    def _wait_for_room(self, room: int) -> None:
+        raise _NoRoom(room)
+
+    def _give_way(self) -> None:
+        self.flooding = True
+
+
+class Publisher:
+    """One topic of this member. It belongs to the loop of its fabric."""
+
+    def __init__(self, driver: LoopDriver, outbox: LoopOutbox) -> None:
+        self._driver, self._outbox = driver, outbox
+
+    async def _relax(self) -> None:
+        """Now and then let others run, and give way to readers that fall behind."""
+        if self._outbox.flooding:
+            self._outbox.flooding = False
+            await self._driver.run(self._outbox._giving_way())
+        await self._driver.breathe()
+
+    async def publish(self, value: object, *, seed: int = 0, metadata: Mapping[str, object] | None = None) -> int:
+        """Publish a snapshot of `value` in the lane of `seed`; returns its sequence in that lane.
+
+        Returns when the record is in retention; the snapshot is taken then. Raises `QueueFullError` (nothing was
+        taken), `UnsupportedValueError`, `PayloadTooLargeError`, `SeedError`, `ClosedError`, `BrokenError`,
+        `WrongProcessError`, `WrongThreadError`.
+        """
+        outbox, driver = self._outbox, self._driver
+        if running_loop() is not driver.loop:
+            driver.check()
+        while True:
+            try:
+                sequence = outbox.publish(value, seed=seed, metadata=metadata)
+                break
+            except _NoRoom as full:
+                room = full.room
+            await driver.run(outbox._making_room(room))
+        if len(outbox.rows) < 2:  # once in a burst
+            await self._relax()
+        return sequence
+
+    async def publish_many(self, values: Any, *, seeds: Any) -> list[int]:  # noqa: ANN401 - any sequences
+        """Publish each of `values` in the lane of the seed beside it; returns their sequences.
+
+        Raises as `publish`; then those before it were taken. `ValueError`: there are not as many seeds as values.
+        """
+        if len(values) != len(seeds):
+            raise ValueError(f"{len(values)} values and {len(seeds)} seeds")
+        self._driver.check()
+        sequences: list[int] = []
+        for first in range(0, len(values), MANY):
+            block, checked = values[first : first + MANY], list(map(check_seed, seeds[first : first + MANY]))
+            taken: list[int] = []
+            while len(taken) < len(block):
+                try:
+                    self._outbox._publish_rest(block, checked, taken)
+                except _NoRoom as full:
+                    room = full.room
+                else:
+                    break
+                await self._driver.run(self._outbox._making_room(room))
+            sequences += taken
+            await self._relax()
+        return sequences
+
+    async def wait_for_subscribers(self, n: int, *, timeout_s: float = 60.0) -> None:
+        """Until `n` owed subscriptions of other members are registered: each receives the record published next.
+
+        Raises `WaitTimeoutError`.
+        """
+        await self._driver.run(self._outbox._awaiting_subscribers(n, timeout_s))
+
+    async def flush(self, *, timeout_s: float = 5.0) -> None:
+        """Until all that was published is acknowledged by the owed subscriptions of other members.
+
+        Raises `WaitTimeoutError`.
+        """
+        await self._driver.run(self._outbox._flushing(timeout_s))
+
+    def handled_by(self, offset: int) -> dict[str, bool]:
+        """Whether each owed subscriber of another member has handled the record at this offset."""
+        return self._outbox.handled_by(offset)
+
+    @property
+    def topic(self) -> str:
+        """Its topic."""
+        return self._outbox.topic
+
+    @property
+    def policy(self) -> Policy:
+        """What it promises."""
+        return self._outbox.policy
+
+    @property
+    def when_full(self) -> WhenFull:
+        """What happens when what is owed has used up its room."""
+        return self._outbox.when_full
+
+    @property
+    def next(self) -> int:
+        """The offset of the next record."""
+        return self._outbox.next
+
+    def __repr__(self) -> str:
+        return repr(self._outbox)
