@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ class Requests:
         self._engine, self._numbers = engine, numbers
         self._waiting: dict[int, _Waiting] = {}
         engine.on_complete = self._complete
+        self._issuing = threading.Lock()
 
     def asking(self, question: Question, to: int | str) -> Steps[Reply]:
         """The steps of `Fabric.request`."""
@@ -115,11 +117,14 @@ class Requests:
         name = self._name_of(to)
         kind, blob, payload = pack_value(value, limit=engine.config.inboxes.payload_bytes_max)
         packed = pack_metadata(metadata) if metadata else b""
-        number = next(self._numbers)
-        waiting = self._waiting[number] = _Waiting(number, name)
-        engine.submit(
-            events.RequestIssued(number, name, method, PRIORITIES[priority], deadline_ns, kind, packed, blob, payload)
-        )
+        with self._issuing:  # the core is told in the order of the numbers
+            number = next(self._numbers)
+            waiting = self._waiting[number] = _Waiting(number, name)
+            level = PRIORITIES[priority]
+            engine.submit_later(
+                events.RequestIssued(number, name, method, level, deadline_ns, kind, packed, blob, payload)
+            )
+        engine.push()
         return waiting
 
     def _name_of(self, to: int | str) -> str:

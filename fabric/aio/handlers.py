@@ -43,6 +43,9 @@ class TaskDispatcher(Dispatcher):
     def _start(self) -> None:
         self._driver.serve()
 
+    def _on_unclaimed(self) -> None:
+        """The driver may be another thread: a loop that serves nothing yet looks when it next does."""
+
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
         """Step handlers begin in here."""
@@ -74,6 +77,7 @@ class TaskDispatcher(Dispatcher):
 
     def run_one(self) -> bool:
         """Begin one handler for one message or request."""
+        self._claim_late()
         if self._requests:
             _, _, execute, payload = heappop(self._requests)
             self._answer(execute, payload)

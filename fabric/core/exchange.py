@@ -7,6 +7,7 @@ or of the reply.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,10 @@ class Exchange:
         self._pending: dict[int, _Pending] = {}
         self._executions: dict[tuple[str, int, int], _Execution] = {}
         self._remembered_bytes = 0
+        self._asked: dict[tuple[str, int], deque[int]] = {}
+        """The requests of each life of a peer, in the order in which they came."""
+        self._awaited: dict[tuple[str, int], int] = {}
+        """The lowest request that each life of a peer still waits for, as far as it has told."""
         self._fetches: dict[Key, tuple[str, object]] = {}
 
     # Our requests.
@@ -82,7 +87,8 @@ class Exchange:
         self._context.wake_by(min(pending.due_ns, pending.event.deadline_ns))
         pending.wait_ns = min(2 * pending.wait_ns, self._context.config.requests.resend_ms_max * MS)
         left_ms = max(1, (event.deadline_ns - now) // MS)
-        fields = (event.request, event.method, event.priority, left_ms, event.kind, event.metadata, event.blob)
+        awaited = next(iter(self._pending))  # requests are issued in the order of their numbers
+        fields = (event.request, awaited, event.method, event.priority, left_ms, event.kind, event.metadata, event.blob)
         self._context.send(event.peer, Kind.REQUEST, *fields)
 
     def abandon(self, request: int) -> None:
@@ -133,7 +139,10 @@ class Exchange:
 
     def on_request(self, peer: Peer, fields: Sequence[Any]) -> None:
         """Run it once; answer a repeated one from memory, or say that it is under way."""
-        request, method, priority, left_ms, kind, metadata, blob = fields
+        request, awaited, method, priority, left_ms, kind, metadata, blob = fields
+        if request < self._forget_answered(peer, awaited):
+            self._context.counts[Drop.STALE] += 1  # nobody waits for it, and whether it was executed is forgotten
+            return
         known = self._executions.get((peer.name, peer.incarnation, request))
         if known is not None:
             self._answer_again(peer, request, known)
@@ -156,12 +165,30 @@ class Exchange:
             space,
         )
         execution = self._executions[peer.name, peer.incarnation, request] = _Execution(execute)
+        self._asked.setdefault((peer.name, peer.incarnation), deque()).append(request)
         self._remembered_bytes += execution.size
         if space is None:
             self._context.emit(execute)
         else:
             if not self._fetch((space, request), peer, execute.blob, "request", execution):
                 self._forget_execution((peer.name, peer.incarnation, request))
+
+    def _forget_answered(self, peer: Peer, awaited: int) -> int:
+        """The peer waits for nothing below `awaited`: what was answered there need not be remembered.
+
+        Returns the highest such number that it has told.
+        """
+        key = peer.name, peer.incarnation
+        floor = self._awaited[key] = max(awaited, self._awaited.get(key, 0))
+        asked = self._asked.get(key, ())
+        while asked and asked[0] < floor:
+            execution = self._executions.get((*key, asked[0]))
+            if execution is not None and execution.reply is None:
+                break  # it still runs; its reply is forgotten later
+            number = asked.popleft()
+            if execution is not None:
+                self._forget_execution((*key, number))
+        return floor
 
     def _answer_again(self, peer: Peer, request: int, execution: _Execution) -> None:
         self._context.counts["requests_repeated"] += 1
@@ -237,6 +264,9 @@ class Exchange:
             self._complete(pending, "gone")
         for key in [key for key in self._executions if key[0] == name]:
             self._forget_execution(key)
+        for life in [life for life in self._awaited if life[0] == name]:
+            del self._awaited[life]
+            self._asked.pop(life, None)
 
     def tick(self) -> None:
         """Deadlines and resends."""

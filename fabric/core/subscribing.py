@@ -114,6 +114,15 @@ class Subscribing:
             return []
         return [name for name in list(subscription.asked) if self._members.by_name[name].is_there]
 
+    def unproven(self, number: int) -> bool:
+        """Whether some feed of a subscription that is never repaired does not come over its push link yet."""
+        subscription = self.subscriptions.get(number)
+        for inbound in list(subscription.feeds.values()) if subscription else ():
+            followed = self.following.find(inbound) if inbound.best_effort else None
+            if followed is not None and not (followed.live or followed.peer.is_gone):
+                return True
+        return False
+
     def knows(self, name: str) -> bool:
         """Whether something of this member is not settled yet."""
         return any(source == name for subscription in self.subscriptions.values() for source, _ in subscription.feeds)

@@ -413,8 +413,9 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.FENCED: (int,),
     # feeds with their ends; whether this is the last of them
     Kind.BYE: (Each(int, int), bool),
-    # request, method, priority, milliseconds left, kind, metadata, blob (or a descriptor, if the kind is addressed)
-    Kind.REQUEST: (int, str, int, int, int, bytes, bytes),
+    # request, the lowest that I still wait for, method, priority, milliseconds left, kind, metadata, blob (or a
+    # descriptor, if the kind is addressed)
+    Kind.REQUEST: (int, int, str, int, int, int, bytes, bytes),
     Kind.ACCEPTED: (int,),
     # request, whether it failed, kind, blob
     Kind.REPLY: (int, bool, int, bytes),

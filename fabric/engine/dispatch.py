@@ -35,6 +35,8 @@ __all__ = ["DeadLetter", "Dispatcher", "Handler", "Job", "Lane", "pack_value"]
 log = logging.getLogger("fabric.handlers")
 
 MS, S = 1_000_000, 1_000_000_000
+GRACE_NS = 2_000 * MS
+"""A request may be sooner than the responder of a member that has just joined; it waits so long for it."""
 RETRY_FIRST_NS = 100 * MS
 """A handler that raised is tried again after this, then after twice as long each time (reliability notes, section
 4.11)."""
@@ -98,6 +100,8 @@ class Dispatcher:
         self._handlers: list[Handler] = []
         self._responders: dict[str, Callable[[Request], Any]] = {}
         self._requests: list[tuple[int, int, events.ExecuteRequest, memoryview | None]] = []
+        self._unclaimed: list[tuple[int, events.ExecuteRequest, memoryview | None]] = []
+        """Requests of methods that have no responder yet, and until when they wait for one; oldest first."""
         self._order = itertools.count()  # not an integer: the driver and the handlers count at once
         self._running = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -115,6 +119,8 @@ class Dispatcher:
     def respond(self, method: str, function: Callable[[Request], Any]) -> None:
         """Run a function for each request of a method."""
         self._responders[method] = function
+        with self.engine.lock:
+            self._claim(lambda execute, _: execute.method == method)
         self._start()
 
     def _start(self) -> None:
@@ -144,14 +150,33 @@ class Dispatcher:
     # What there is to do.
 
     def _take_request(self, execute: events.ExecuteRequest, payload: memoryview | None) -> None:
-        """From the driver, under its lock: only queue."""
-        heappush(self._requests, (execute.priority, next(self._order), execute, payload))
+        """From the driver, under its lock: only queue. One without a responder has a while for it to appear."""
+        if execute.method in self._responders:
+            heappush(self._requests, (execute.priority, next(self._order), execute, payload))
+            return
+        self._unclaimed.append((self.engine.clock() + GRACE_NS, execute, payload))
+        self._on_unclaimed()
+
+    def _on_unclaimed(self) -> None:
+        """Somebody has to say no, in time."""
+        self._start()
+
+    def _claim(self, is_claimed: Callable[[events.ExecuteRequest, int], bool]) -> None:
+        """Queue the requests that found their responder, or that waited long enough for one."""
+        waiting, self._unclaimed = self._unclaimed, []
+        for due_ns, execute, payload in waiting:
+            if is_claimed(execute, due_ns):
+                heappush(self._requests, (execute.priority, next(self._order), execute, payload))
+            else:
+                self._unclaimed.append((due_ns, execute, payload))
 
     def has_work(self) -> bool:
         """Whether `run_one` would run something now."""
         if self._requests:
             return True
         now = self.engine.clock()
+        if self._unclaimed and self._unclaimed[0][0] <= now:
+            return True
         for handler in self._handlers:
             if handler.hand is not None or handler.inbox.items or (handler.retries and handler.retries[0][0] <= now):
                 return True
@@ -159,13 +184,15 @@ class Dispatcher:
 
     def due_ns(self) -> int | None:
         """When the next attempt of a failed message is due."""
-        return min((due for handler in self._handlers if (due := handler.due_ns()) is not None), default=None)
+        dues = [due for handler in self._handlers if (due := handler.due_ns()) is not None]
+        return min([*dues, *(due for due, _, _ in self._unclaimed[:1])], default=None)
 
     def run_one(self) -> bool:
         """Run one handler for one message or request; False if there is nothing to run, or another thread is at it."""
         if self._closing.is_set() or not self._running.acquire(blocking=False):
             return False
         try:
+            self._claim_late()
             if self._requests:
                 _, _, execute, payload = heappop(self._requests)
                 self._answer(execute, payload)
@@ -173,6 +200,13 @@ class Dispatcher:
             return any(self._retry(handler) or self._advance(handler) for handler in self._handlers)
         finally:
             self._running.release()
+
+    def _claim_late(self) -> None:
+        """Requests that waited in vain for a responder are answered, too: that there is none."""
+        if self._unclaimed and self._unclaimed[0][0] <= self.engine.clock():
+            now = self.engine.clock()
+            with self.engine.lock:
+                self._claim(lambda _, due_ns: due_ns <= now)
 
     def run_until(self, is_over: Callable[[], bool], timeout_s: float) -> bool:
         """Run handlers as they get work, until `is_over()`; False after the time.

@@ -1,8 +1,8 @@
 """Judges a history: does everything that the fabric promises hold? It shares no code with what it judges.
 
-The invariants are those of the protocol's rules: I1 conservation, I2 order, I3 no duplicate, I4 integrity, I5 truth of gaps,
-I6 safety of acknowledgements, I7 bounds, I8 isolation, I9 liveness, I10 fencing, I13 monotone positions, I14 closure.
-(I8 is asserted by the core itself after every event of a checked world; I15 is `History.digest`.)
+The invariants are those of the protocol's rules: I1 conservation, I2 order, I3 no duplicate, I4 integrity, I5 truth of
+gaps, I6 safety of acknowledgements, I7 bounds, I8 isolation, I9 liveness, I10 fencing, I13 monotone positions, I14
+closure. (I8 is asserted by the core itself after every event of a checked world; I15 is `History.digest`.)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BOOKED = (
 )
 """The ends of a record in the books of a subscription."""
 SLACK_BYTES = 100
-"""What is next comes in even into a full hold (see `InboundFeed`): it is bounded by two bursts and this."""
+"""What is next in a feed comes in even into a full hold: it is bounded by two bursts of each feed, and this."""
 _Finding = tuple[str, str]
 
 
@@ -54,7 +54,8 @@ class Checker:
     def judge(self, *, at_rest: bool = True) -> None:
         """Raise `Violation` unless everything holds.
 
-        `at_rest`: the faults are over and everything that can be delivered was; then nothing may be missing without a reason.
+        `at_rest`: the faults are over and everything that can be delivered was; then nothing may be missing without a
+        reason.
         """
         for invariant, detail in self.findings(at_rest=at_rest):
             raise Violation(invariant, detail)
@@ -118,9 +119,11 @@ class Checker:
             seen |= offsets
             yield from _causes(where, book, lost, feed)
 
-    def _conserved(self, where: str, book: SubscriptionBook, reading: Reading, feed: FeedBook, at_rest: bool) -> Iterator[_Finding]:
+    def _conserved(
+        self, where: str, book: SubscriptionBook, reading: Reading, feed: FeedBook, at_rest: bool
+    ) -> Iterator[_Finding]:
         inbound = reading.inbound
-        if inbound is None or not book.owner.engine or book.closed:
+        if inbound is None or not book.lives or self._newest(book.owner.name) is not book.owner:
             return
         end = self._owed_until(reading, feed, inbound, at_rest)
         if not inbound.best_effort:
@@ -129,14 +132,19 @@ class Checker:
             newest = {record.seed: offset for offset, record in enumerate(feed.records)} if inbound.latest else {}
             for offset in range(reading.join, end):
                 seed = feed.records[offset].seed
-                if offset in done or (book.seeds is not None and seed not in book.seeds) or newest.get(seed, offset) > offset:
+                if (
+                    offset in done
+                    or (book.seeds is not None and seed not in book.seeds)
+                    or newest.get(seed, offset) > offset
+                ):
                     continue
                 yield "I1", f"{where}: {offset} was lost without a word"
         if at_rest and not inbound.settled and inbound.next == inbound.floor:
             yield from _balanced(where, reading, inbound)
 
     def _owed_until(self, reading: Reading, feed: FeedBook, inbound: InboundFeed, at_rest: bool) -> int:
-        if any(lost.end is None for lost in reading.lost) or not at_rest:
+        waits = not reading.ended and self._history.lives[reading.feed[:2]].engine is None
+        if any(lost.end is None for lost in reading.lost) or waits or not at_rest:
             return min(inbound.floor, len(feed.records))
         return len(feed.records)
 
@@ -149,9 +157,19 @@ class Checker:
             if book.lives and book.is_ready:
                 left += self._unread(book)
         for life in self._history.lives.values():
+            if life.engine is not None and self._newest(life.name) is life:
+                left += self._owed_in_vain(life.name, life.engine)
             if self._has_to_know(life):
                 left.append(f"{life.key} is a zombie and does not know it (I10)")
         return left
+
+    def _owed_in_vain(self, name: str, engine: Engine) -> Iterator[str]:
+        """What is kept for subscriptions that their owners have closed: nobody will ever acknowledge it."""
+        for out in engine.core.publishing.feeds.values():
+            for reader, number in out.readers:
+                book = self._history.subscriptions.get((*self._newest(reader).key, number))
+                if book is not None and book.closed and book.owner.engine is not None:
+                    yield f"{name} owes {out.topic} to {reader}#{number}, which is closed"
 
     def _unread(self, book: SubscriptionBook) -> Iterator[str]:
         who = f"{book.owner.name}#{book.number}"
@@ -170,6 +188,8 @@ class Checker:
         if inbound is None:
             return
         if life.engine is None:
+            if life.host != book.owner.host and self._newest(life.name) is life:
+                return  # nobody can prove that it is dead
             if self._newest(life.name).engine is not None or inbound.floor < len(feed.records):
                 yield f"{who} waits for the end of {reading.feed}: {inbound}"
             return
@@ -196,7 +216,9 @@ class Checker:
         return False
 
     def _newest(self, name: str) -> Life:
-        return max((life for life in self._history.lives.values() if life.name == name), key=lambda life: life.incarnation)
+        return max(
+            (life for life in self._history.lives.values() if life.name == name), key=lambda life: life.incarnation
+        )
 
     # States.
 
@@ -218,7 +240,9 @@ class Checker:
         bursts = [burst.size for out in engine.core.publishing.feeds.values() for burst in (*out.owed, *out.kept)]
         room = limits.owed_bytes_max + limits.kept_bytes_max + max(bursts, default=0)
         if retention.owed_bytes > room or retention.kept_bytes > limits.kept_bytes_max:
-            raise Violation("I7", f"{engine.card.name} owes {retention.owed_bytes} and keeps {retention.kept_bytes} bytes")
+            raise Violation(
+                "I7", f"{engine.card.name} owes {retention.owed_bytes} and keeps {retention.kept_bytes} bytes"
+            )
 
     @staticmethod
     def _inspect_room(book: SubscriptionBook) -> None:
@@ -227,8 +251,9 @@ class Checker:
         if subscription is None:
             return
         room = subscription.room
-        held = [burst.size for inbound in subscription.feeds.values() for burst in inbound.held.values()]
-        if room.hold > room.hold_max + 2 * max(held, default=0) + SLACK_BYTES:
+        feeds = subscription.feeds.values()
+        spare = sum(2 * max((burst.size for burst in inbound.held.values()), default=0) for inbound in feeds)
+        if room.hold > room.hold_max + spare + SLACK_BYTES:
             raise Violation("I7", f"{book.owner.name}#{book.number} holds {room.hold} of {room.hold_max} bytes")
         for inbound in subscription.feeds.values():
             if len(inbound.taken) > room.ranges_max:
@@ -245,24 +270,35 @@ class Checker:
         peer = life.engine.core.members.by_name.get(book.owner.name)
         out: OutFeed = life.engine.core.publishing.feeds[reading.feed.topic]
         position = out.readers.get((book.owner.name, book.number), 0)
-        if peer is not None and peer.incarnation == book.owner.incarnation and position > max(inbound.floor, inbound.join):
-            raise Violation("I6", f"{reading.feed} believes {book.owner.name}#{book.number} at {position}, it is at {inbound.floor}")
+        if (
+            peer is not None
+            and peer.incarnation == book.owner.incarnation
+            and position > max(inbound.floor, inbound.join)
+        ):
+            raise Violation(
+                "I6", f"{reading.feed} believes {book.owner.name}#{book.number} at {position}, it is at {inbound.floor}"
+            )
 
 
 def _inspect_closure(book: SubscriptionBook, inbound: InboundFeed, feed: FeedBook) -> None:
-    for first, end in inbound.taken:
-        for offset in range(first, min(end, len(feed.records))):
-            previous = feed.previous[offset]
-            wanted = book.seeds is None or feed.records[offset].seed in book.seeds
-            if wanted and previous >= inbound.next and previous not in inbound.taken:
-                raise Violation("I14", f"{inbound}: {offset} was taken before {previous} of its lane")
+    looked_at = [("taken", inbound.taken, inbound.next)]
+    if not inbound.latest:  # there a superseded record is settled at once, whatever is in hand
+        looked_at.append(("settled", inbound.settled, inbound.floor))
+    for what, ranges, floor in looked_at:
+        for first, end in ranges:
+            for offset in range(first, min(end, len(feed.records))):
+                previous = feed.previous[offset]
+                wanted = book.seeds is None or feed.records[offset].seed in book.seeds
+                if wanted and previous >= floor and previous not in ranges:
+                    raise Violation("I14", f"{inbound}: {offset} was {what} before {previous} of its lane")
 
 
 def _numbers(feed: FeedBook) -> Iterator[_Finding]:
     lanes: dict[int, int] = {}
     for offset, record in enumerate(feed.records):
-        if record.sequence != lanes.get(record.seed, 0):
-            yield "I4", f"{feed.key} {offset}: sequence {record.sequence} of seed {record.seed}, not {lanes.get(record.seed, 0)}"
+        due = lanes.get(record.seed, 0)
+        if record.sequence != due:
+            yield "I4", f"{feed.key} {offset}: sequence {record.sequence} of seed {record.seed}, {due} was due"
         lanes[record.seed] = record.sequence + 1
 
 
@@ -301,14 +337,18 @@ def _causes(where: str, book: SubscriptionBook, lost: Lost, feed: FeedBook) -> I
     """A gap of a publisher that lives has a cause that its policy allows."""
     if lost.still_there:
         yield "I5", f"{where}: {lost}, and its publisher still has it"
-    reader = (book.owner.name, book.number)
+    reader = (*book.owner.key, book.number)
     for offset in range(lost.first, lost.end or lost.first) if lost.lived else ():
         removed = feed.removed.get(offset)
+        if removed is None and feed.policy == "latest":
+            continue  # an addressed value that was superseded before it was fetched
         if removed is None:
             yield "I5", f"{where}: {offset} in {lost} was never given up"
         elif removed.cause == "drop_oldest" and feed.when_full != "drop_oldest":
             yield "I5", f"{where}: {offset} was dropped under {feed.when_full}"
-        elif removed.cause == "evicted" and removed.readers.get(reader, offset + 1) <= offset:
+        elif (
+            removed.cause == "evicted" and feed.policy != "latest" and removed.readers.get(reader, offset + 1) <= offset
+        ):
             yield "I6", f"{where}: {offset} was given up while this reader was owed it"
 
 

@@ -1,4 +1,7 @@
-"""What happened in a world: who lived, what was published, received, lost and buried. Facts only; `Checker` judges them."""
+"""What happened in a world: who lived, what was published, received, lost and buried.
+
+Facts only; `Checker` judges them.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,25 @@ from typing import Any, NamedTuple
 from fabric.core import events
 from fabric.core.events import Card
 from fabric.core.lanes import InboundFeed
-from fabric.core.wire import checksum_of
+from fabric.core.wire import Kind, checksum_of, decode_control
 from fabric.engine.loop import Engine
 from fabric.errors import PayloadError
 from fabric.message import Message
 from fabric.payloads import plan
 from fabric.topics import compile_pattern
 
-__all__ = ["FeedBook", "FeedKey", "History", "Life", "Lost", "Published", "Reading", "Received", "SubscriptionBook", "digest_of"]
+__all__ = [
+    "FeedBook",
+    "FeedKey",
+    "History",
+    "Life",
+    "Lost",
+    "Published",
+    "Reading",
+    "Received",
+    "SubscriptionBook",
+    "digest_of",
+]
 
 DIGESTED_BYTES_MAX = 1 << 40
 UNDECODABLE = -1
@@ -51,7 +65,10 @@ class Received(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """Offsets `first <= offset < end` that were reported as a gap; `end` is None for an open one. `lived`: its publisher did."""
+    """Offsets `first <= offset < end` that were reported as a gap; `end` is None for an open one.
+
+    `lived`: its publisher did.
+    """
 
     first: int
     end: int | None
@@ -63,10 +80,13 @@ class Lost(NamedTuple):
 
 
 class Removed(NamedTuple):
-    """Why a publisher retains an offset no more, and which readers, at which positions, it had then."""
+    """Why a publisher retains an offset no more, and the positions of those who read it then and read on.
+
+    A reader is (name, incarnation, subscription number).
+    """
 
     cause: str
-    readers: dict[tuple[str, int], int]
+    readers: dict[tuple[str, int, int], int]
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +95,7 @@ class Life:
 
     name: str
     incarnation: int
+    host: str
     began_ns: int
     ended_ns: int | None = None
     killed: bool = False
@@ -101,6 +122,7 @@ class FeedBook:
     """By seed, the offset of its latest record."""
     removed: dict[int, Removed] = field(default_factory=dict)
     first_available: int = 0
+    readers: dict[tuple[str, int, int], int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -142,6 +164,8 @@ class SubscriptionBook:
     closed: bool = False
     unannounced: list[Received] = field(default_factory=list)
     """Messages of a feed that was never begun."""
+    missed: list[FeedKey] = field(default_factory=list)
+    """Feeds of a life that was over before this subscription came to it: reported as an open gap, never begun."""
 
     @property
     def lives(self) -> bool:
@@ -150,7 +174,10 @@ class SubscriptionBook:
 
 
 class History:
-    """The book of a world. Written by the world's own kinds of `Fabric`, `Publisher` and `Subscription`, and by its engines."""
+    """The book of a world.
+
+    Written by the world's own kinds of `Fabric`, `Publisher` and `Subscription`, and by its engines.
+    """
 
     def __init__(self, clock: Callable[[], int]) -> None:
         self._clock = clock
@@ -169,7 +196,9 @@ class History:
     def begin(self, engine: Engine) -> None:
         """A life begins."""
         card = engine.card
-        self.lives[card.name, card.incarnation] = Life(card.name, card.incarnation, self._clock(), engine=engine)
+        self.lives[card.name, card.incarnation] = Life(
+            card.name, card.incarnation, card.host, self._clock(), engine=engine
+        )
 
     def end(self, card: Card, *, killed: bool) -> None:
         """A life ends."""
@@ -213,7 +242,9 @@ class History:
         for peer in book.owner.engine.core.members.by_name.values():
             if peer.is_there and (peer.name, peer.incarnation) in self.lives:
                 book.promised[peer.name, peer.incarnation] = {
-                    key.topic: len(feed.records) for key, feed in self.feeds.items() if key[:2] == (peer.name, peer.incarnation)
+                    key.topic: len(feed.records)
+                    for key, feed in self.feeds.items()
+                    if key[:2] == (peer.name, peer.incarnation)
                 }
 
     def received(self, book: SubscriptionBook, message: Message) -> None:
@@ -250,19 +281,41 @@ class History:
             book = self.subscriptions.get((engine.card.name, engine.card.incarnation, event.subscription))
             if book is not None:
                 book.closed = True
+        if type(event) is events.ControlReceived:
+            self._note_answer(engine, event, commands)
         self._note_retention(engine, event)
         self._note_progress(engine, event)
+
+    def _note_answer(self, engine: Engine, event: events.ControlReceived, commands: list[Any]) -> None:
+        sizes = [len(c.chunk) for c in commands if type(c) is events.SendBulk and c.chunk is not None]
+        if len(sizes) > 1:
+            message = decode_control(event.frame)
+            if message.kind is Kind.PULL and sum(sizes) > message.fields[2]:
+                self.findings.append(
+                    (
+                        "I7",
+                        f"{engine.card.name} answered with {sum(sizes)} bytes within a credit of {message.fields[2]}",
+                    )
+                )
 
     def _note_retention(self, engine: Engine, event: object) -> None:
         for out in engine.core.publishing.feeds.values():
             book = self.feeds.get(FeedKey(engine.card.name, engine.card.incarnation, out.topic))
             first = out.first_available
-            if book is None or first == book.first_available:
+            if book is None:
+                continue
+            members, before = engine.core.members.by_name, book.readers
+            book.readers = {
+                (name, members[name].incarnation, number): floor for (name, number), floor in out.readers.items()
+            }
+            if first == book.first_available:
                 continue
             if first < book.first_available:
-                self.findings.append(("I13", f"{book.key}: first available fell from {book.first_available} to {first}"))
+                self.findings.append(
+                    ("I13", f"{book.key}: first available fell from {book.first_available} to {first}")
+                )
             cause = "drop_oldest" if type(event) is events.RoomNeeded else "evicted"
-            removed = Removed(cause, dict(out.readers))
+            removed = Removed(cause, {reader: floor for reader, floor in book.readers.items() if reader in before})
             book.removed.update(dict.fromkeys(range(book.first_available, first), removed))
             book.first_available = first
 
@@ -284,6 +337,9 @@ class History:
         key = FeedKey(command.source, command.incarnation, command.topic)
         if key in book.readings:
             self.findings.append(("I3", f"{book.owner.key} {key}: begun twice"))
+        for other in book.readings.values():
+            if (other.feed.source, other.feed.topic) == (key.source, key.topic):
+                other.ended = True  # a life begins when all of the one before is settled
         subscription = engine.core.subscribing.subscriptions.get(command.subscription)
         inbound = subscription.feeds.get((command.source, command.topic)) if subscription else None
         inbound = inbound if inbound is not None and inbound.incarnation == command.incarnation else None
@@ -291,8 +347,14 @@ class History:
 
     def _note_gap(self, engine: Engine, command: events.ReportGap) -> None:
         book = self.subscriptions[(engine.card.name, engine.card.incarnation, command.subscription)]
-        reading = book.readings[FeedKey(command.source, command.incarnation, command.topic)]
+        key = FeedKey(command.source, command.incarnation, command.topic)
+        reading = book.readings.get(key)
+        if reading is None:
+            book.missed.append(key)
+            return
         publisher = self.lives[command.source, command.incarnation].engine
+        if any(name == command.source and incarnation > command.incarnation for name, incarnation in self.lives):
+            publisher = None  # it may live, but as a zombie, and nobody listens to it any more
         there: tuple[int, ...] = ()
         if publisher is not None and command.end is not None:
             out = publisher.core.publishing.feeds[command.topic]
@@ -322,7 +384,9 @@ class History:
         told: list[object] = [[life.key, life.began_ns, life.ended_ns, life.killed] for life in self.lives.values()]
         told += [[feed.key, feed.records] for feed in self.feeds.values()]
         for name, book in self.subscriptions.items():
-            readings = [(r.feed, r.join, r.began_ns, r.received, r.letters, r.lost, r.ended) for r in book.readings.values()]
+            readings = [
+                (r.feed, r.join, r.began_ns, r.received, r.letters, r.lost, r.ended) for r in book.readings.values()
+            ]
             told.append([name, book.opened_ns, readings])
         told.append([self.events, sorted(self.executed.items())])
         return checksum_of(repr(told).encode())

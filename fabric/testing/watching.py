@@ -135,4 +135,3 @@ class WatchedFabric(Fabric):
     def _bury(self, message: Message, reason: str, detail: str) -> None:
         super()._bury(message, reason, detail)
         self.history.buried(self._engine, message, reason)
-

@@ -1,8 +1,8 @@
 """Members in one process and one thread, on a clock that does not tick by itself, over a network that fails as told.
 
-Whoever waits, in `receive`, `request`, `flush` or `World.run`, lets the world go on: each member takes its turn, handlers and
-tasks run, and when all are idle the clock jumps to whatever is due next. All chance comes from the seed, so the same program with
-the same seed sees the same history.
+Whoever waits, in `receive`, `request`, `flush` or `World.run`, lets the world go on: each member takes its turn,
+handlers and tasks run, and when all are idle the clock jumps to whatever is due next. All chance comes from the seed,
+so the same program with the same seed sees the same history.
 """
 
 from __future__ import annotations
@@ -73,6 +73,16 @@ class _Member:
     engine: Engine
     dispatcher: Dispatcher
 
+    def work(self, now_ns: int) -> bool:
+        """Take a turn, if there is anything for it and nobody up the stack is in one; and run one handler."""
+        engine, busy = self.engine, False
+        if not engine.closed and (engine.due_ns <= now_ns or engine.transport.is_ready()) and not engine.lock.locked():
+            engine.turn()
+            busy = True
+        if engine.broken is not None:
+            raise engine.broken
+        return self.dispatcher.run_one() or busy
+
 
 @dataclass(slots=True, eq=False)
 class _Task:
@@ -88,9 +98,9 @@ class _Task:
 class World:
     """A small universe of members.
 
-    `plan` says what goes wrong on the way; default: nothing. `config` is what members join with; handlers always run in `step`
-    mode, and the world runs them. `world_size` is the number of ranks. With `checked` the core's invariants are asserted after
-    every event of every member, which costs about as much as the events themselves.
+    `plan` says what goes wrong on the way; default: nothing. `config` is what members join with; handlers always run in
+    `step` mode, and the world runs them. `world_size` is the number of ranks. With `checked` the core's invariants are
+    asserted after every event of every member, which costs about as much as the events themselves.
 
     `history` holds all that was published, received, lost and buried; `Checker(world.history).judge()` compares.
     """
@@ -142,15 +152,18 @@ class World:
     ) -> Fabric:
         """Enter as a rank (a number) or as an observer (a name). A name that was here before begins a new life.
 
-        If the old life was not killed it goes on as a zombie, which the others will tell to stop. `host` says who can prove whose
-        death: members of one host. Unless `wait` is false, returns when all members that live know this one and it knows them.
+        If the old life was not killed it goes on as a zombie, which the others will tell to stop. `host` says who can
+        prove whose death: members of one host. Unless `wait` is false, returns when all members that live know this one
+        and it knows them.
 
         Raises:
             ConfigError: The rank is not below `world_size`.
             JoinTimeoutError: Somebody did not answer within `timeout_s` of this world's time.
         """
         card, engine = self._open(member, host, config or self._config)
-        others = {other.engine.card.name: other.engine.card for other in self._members if other.engine.card.name != card.name}
+        others = {
+            other.engine.card.name: other.engine.card for other in self._members if other.engine.card.name != card.name
+        }
         dispatcher = Dispatcher(engine)
         fabric = WatchedFabric(engine, dispatcher, _Membership(self, engine), self.history)
         self._members.append(_Member(fabric, engine, dispatcher))
@@ -201,7 +214,10 @@ class World:
         self.history.note(engine, event, commands)
 
     def kill(self, fabric: Fabric) -> None:
-        """End a member without a goodbye, as SIGKILL would: its memory is lost, what it sent may still arrive. Twice is once."""
+        """End a member without a goodbye, as SIGKILL would: its memory is lost, what it sent may still arrive.
+
+        Twice is once.
+        """
         for member in self._members:
             if member.fabric is fabric:
                 member.engine.close(0.0)
@@ -260,7 +276,7 @@ class World:
         self._pump(lambda: False, self.now_ns + int(seconds * S))
 
     def until(self, predicate: Callable[[], bool], timeout_s: float = 60.0) -> bool:
-        """Let the world go on until the predicate holds; false if it did not within `timeout_s` of this world's time."""
+        """Let the world go on until the predicate holds; false if it did not within so long, in the world's time."""
         self._pump(predicate, self.now_ns + int(timeout_s * S))
         return predicate()
 
@@ -278,16 +294,10 @@ class World:
                 self.now_ns = min(deadline_ns, self._next_due_ns())
 
     def _round(self) -> bool:
-        """Every member takes a turn and runs at most one handler; then the tasks that are due. Whether there was anything."""
+        """Every member takes a turn and runs at most one handler; then tasks run. Whether there was anything to do."""
         busy = False
         for member in list(self._members):
-            engine = member.engine
-            if not (engine.closed or engine.lock.locked()) and (engine.due_ns <= self.now_ns or engine.transport.is_ready()):
-                engine.turn()
-                busy = True
-            if engine.broken is not None:
-                raise engine.broken
-            busy = member.dispatcher.run_one() or busy
+            busy = member.work(self.now_ns) or busy
         return self._run_tasks() or busy
 
     def _run_tasks(self) -> bool:
@@ -310,7 +320,9 @@ class World:
         dues = [task.due_ns for task in self._tasks if not task.running]
         for member in self._members:
             dues.append(member.engine.due_ns)
-            dues += [due for due in (member.engine.transport.next_due_ns(), member.dispatcher.due_ns()) if due is not None]
+            dues += [
+                due for due in (member.engine.transport.next_due_ns(), member.dispatcher.due_ns()) if due is not None
+            ]
         return min((due for due in dues if due > self.now_ns), default=self.now_ns + S)
 
     def __repr__(self) -> str:

@@ -39,7 +39,7 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.FIN: ("layers.0.health", 6, 7, FEED, 0, 17, True),
     Kind.FENCED: (8,),
     Kind.BYE: ([(FEED, 17)], True),
-    Kind.REQUEST: (1, "evaluate", 1, 10000, 2, b"\x80", b"value"),
+    Kind.REQUEST: (1, 1, "evaluate", 1, 10000, 2, b"\x80", b"value"),
     Kind.ACCEPTED: (1,),
     Kind.REPLY: (1, False, 2, b"answer"),
     Kind.FETCH: (FEED, 17, 1048576, 4194304, 3),

@@ -227,7 +227,7 @@ class Reader:
         """Ask with a text; returns the value of the reply."""
         number = next(self.tokens)
         self.ask(
-            lambda: self.send(REQUEST, number, method, 1, 10_000, 2, b"", text.encode()),
+            lambda: self.send(REQUEST, number, number, method, 1, 10_000, 2, b"", text.encode()),
             lambda: number in self.replies,
             "a reply",
         )

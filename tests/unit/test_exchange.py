@@ -257,7 +257,7 @@ def test_remembered_bytes_are_bounded() -> None:
 
 def test_a_priority_that_does_not_exist_is_refused() -> None:
     link = Link("a", "b")
-    link.do("b", events.ControlReceived(encode_control(Kind.REQUEST, member_id("a"), 1, 1, "m", 3, 10, 1, b"", b"")))
+    link.do("b", events.ControlReceived(encode_control(Kind.REQUEST, member_id("a"), 1, 1, 1, "m", 3, 10, 1, b"", b"")))
     assert executed(link) == []
     assert link["b"].counts[Drop.SHAPE] == 1
 
@@ -265,7 +265,8 @@ def test_a_priority_that_does_not_exist_is_refused() -> None:
 def test_a_far_deadline_is_brought_near() -> None:
     link = Link("a", "b")
     link.do(
-        "b", events.ControlReceived(encode_control(Kind.REQUEST, member_id("a"), 1, 1, "m", 1, 2**64 - 1, 1, b"", b""))
+        "b",
+        events.ControlReceived(encode_control(Kind.REQUEST, member_id("a"), 1, 1, 1, "m", 1, 2**64 - 1, 1, b"", b"")),
     )
     assert executed(link)[0].deadline_ns == link.now + DEADLINE_MS_MAX * MS
 
@@ -282,3 +283,37 @@ def test_a_value_is_given_only_to_the_member_that_it_is_for() -> None:
     assert exchange.payload_of(peers["b"], space, request) == question
     assert exchange.payload_of(peers["c"], space, request) is None
     assert exchange.payload_of(peers["b"], space + 1, request) is None
+
+
+def test_what_nobody_waits_for_any_more_is_not_remembered() -> None:
+    """Else a fast requester would stand still once all that may be remembered is."""
+    link = Link("a", "b")
+    for number in range(1, 50):
+        ask(link, number)
+        link.crank()
+        answer(link, number)
+        link.crank()
+    assert len(completed(link)) == 49
+    assert list(link["b"].core.exchange._executions) == [("a", 1, 49)]
+    late = encode_control(Kind.REQUEST, member_id("a"), 1, 3, 3, "m", 1, 10, 1, b"", b"")
+    link.do("b", events.ControlReceived(late))
+    assert len(executed(link)) == 49
+    assert link["b"].counts[Drop.STALE] == 1
+
+
+def test_what_still_runs_is_remembered_until_it_is_answered() -> None:
+    link = Link("a", "b")
+    ask(link, 1)
+    ask(link, 2)
+    link.crank()
+    answer(link, 2)
+    link.do("a", events.RequestAbandoned(1))
+    ask(link, 3)
+    link.crank()
+    assert sorted(link["b"].core.exchange._executions) == [("a", 1, 1), ("a", 1, 2), ("a", 1, 3)]
+    answer(link, 1)
+    answer(link, 3)
+    link.crank()
+    ask(link, 4)
+    link.crank()
+    assert list(link["b"].core.exchange._executions) == [("a", 1, 4)]
