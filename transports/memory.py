@@ -262,7 +262,10 @@ class MemoryTransport(Mailbox):
         self._check()
         with self._lock:
             now = self._hub.clock()
-            if self._unblocked or any(inbox and inbox[0][0] <= now for inbox in self._inboxes):
+            data, control, bulk = self._inboxes
+            if (data and data[0][0] <= now) or (control and control[0][0] <= now) or (bulk and bulk[0][0] <= now):
+                return True
+            if self._unblocked:
                 return True
             if self._signalled:
                 os.eventfd_read(self._eventfd)

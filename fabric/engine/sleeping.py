@@ -106,7 +106,7 @@ class ThreadedWaits:
         self._background: Sleeper | None = None
         self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
-        self._closing = False
+        self._closing = self._parked = False
 
     def start(self, engine: Engine) -> None:
         """Begin to drive in the background."""
@@ -169,6 +169,8 @@ class ThreadedWaits:
         self._left_ns = engine.clock()
         if last and self._background is not None and self._background.until_ns > self._left_ns + PARKED_LOOK_NS // 10:
             self._background.signal()
+        if last and self._parked:
+            self._nap.signal()
 
     # Event loops.
 
@@ -228,7 +230,10 @@ class ThreadedWaits:
             now = engine.clock()
             resume_ns = max(self._left_ns + int(work.parked_ms * MS), self._attended_ns + ATTENDED_NS)
             if self._waiting:
-                self._nap.sleep(RELIEF_NS if self._loops else PARKED_LOOK_NS // 10)
+                self._parked = True  # whoever leaves last says so, and we look again a little later
+                if self._waiting:
+                    self._nap.sleep(RELIEF_NS if self._loops else PARKED_LOOK_NS)
+                self._parked = False
                 if self._loops and not self._closing:
                     self._stand_in(engine)
             elif now < resume_ns:
