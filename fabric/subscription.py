@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise, repeat
+from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
 from fabric.core import events
@@ -36,6 +37,8 @@ class SubscriptionBase:
         """The feed that was read last; a timeout names it."""
         self._at = 0
         """The index, into the rows in hand, of the message that was handed out last."""
+        self._running: Iterator[int] | None = None
+        """The rows of the burst in hand that the fast path has not handed out; then `_at` is behind."""
         self._earlier: list[Hand] = []
         """Bursts before the one in hand whose messages are all in the application's hand, by `receive_many`."""
         self._user = threading.Lock()
@@ -81,13 +84,11 @@ class SubscriptionBase:
             hand = self._hand
             if hand is None or self._manual or hand.item.feed.latest:
                 continue
-            # Fast path: the rest of the burst, without asking anybody. The position is kept row by row, so that whoever
-            # breaks off or takes messages in between finds it right.
-            for at, message in self._rest_of_hand(hand):
-                self._at = at
-                yield message
-                if self._at != at or self._hand is not hand:
-                    break
+            # Fast path: the rest of the burst, without asking anybody. How far it came is seen from the rows that are
+            # left; whoever breaks off, or takes messages in between, looks there first (`_catch_up`).
+            self._running, messages = self._rest_of_hand(hand)
+            yield from messages
+            self._catch_up()
 
     def _copy_into(self, message: Message, into: Any) -> None:  # noqa: ANN401 - tensors
         """Copy the value of the message that was just taken; if that fails it stays the next one."""
@@ -107,9 +108,9 @@ class SubscriptionBase:
             while len(messages) < n:
                 hand = self._hand
                 if hand is not None and not (self._manual or hand.item.feed.latest):
-                    rest = [message for _, message in islice(self._rest_of_hand(hand), n - len(messages))]
-                    self._at += len(rest)
-                    messages += rest
+                    self._running, rest = self._rest_of_hand(hand)
+                    messages += islice(rest, n - len(messages))
+                    self._catch_up()
                     if len(messages) == n:
                         break
                 message = self._next(keep=True)
@@ -120,20 +121,29 @@ class SubscriptionBase:
             self._user.release()
         return messages
 
-    def _rest_of_hand(self, hand: Hand) -> Iterator[tuple[int, Message]]:
-        """The messages after the last that was handed out, with their positions; none if some were lost at source."""
+    def _catch_up(self) -> None:
+        """The messages of the fast path were handed out as far as their rows are used up; no more come of it."""
+        running, self._running = self._running, None
+        if running is not None and self._hand is not None:
+            self._at = len(self._hand.rows) - 1 - length_hint(running)
+            deque(running, maxlen=0)
+
+    def _rest_of_hand(self, hand: Hand) -> tuple[Iterator[int], Iterator[Message]]:
+        """The rows after the last that was handed out, and their messages, which use them up.
+
+        Without rows if some values of the burst were lost at their source.
+        """
         begin, burst, feed = self._at + 1, hand.item.burst, hand.item.feed
         rows = hand.rows[begin:]
         seeds, sequences, _, kinds, starts, metadata = burst.columns
+        left = iter(rows)
         if self._owning or TOMBSTONE in kinds:
-            return iter(())
-        at = range(begin, len(hand.rows))
+            return left, iter(())
         if isinstance(rows, range) and metadata is None and kinds.count(BYTES) == len(kinds):
             frame, first = burst.frame, rows.start
             bodies = [frame[a:b] for a, b in pairwise(starts[first:])]
-            fields = repeat(burst), rows, repeat(feed), seeds[first:], sequences[first:], bodies
-            return zip(at, map(Message, *fields), strict=False)
-        return zip(at, [Message(burst, row, feed, seeds[row], sequences[row]) for row in rows], strict=False)
+            return left, map(Message, repeat(burst), left, repeat(feed), seeds[first:], sequences[first:], bodies)
+        return left, (Message(burst, row, feed, seeds[row], sequences[row]) for row in left)
 
     def _waiting(self, timeout_s: float, *, ending: bool = False) -> Steps[Message | None]:
         """The steps of waiting for a message. None comes only where all feeds are over, and only if `ending`."""
@@ -283,6 +293,7 @@ class SubscriptionBase:
         if self._closed:
             return
         self._closed = True
+        self._catch_up()
         hand, self._hand = self._hand, None
         if hand is not None and not self._manual:
             hand.settle_until(self._at)
@@ -305,6 +316,8 @@ class SubscriptionBase:
         except BaseException:
             self._user.release()
             raise
+        if self._running is not None:
+            self._catch_up()
         if settle and self._earlier:
             for hand in self._earlier:
                 hand.settle_all()
