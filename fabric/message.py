@@ -74,10 +74,8 @@ class Message:
         value = self._value
         if value is _ABSENT:
             kind = self._burst.columns[3][self._row]
-            if kind == BYTES:
-                value = self._burst.body(self._row)
-            else:
-                value = decode(kind & ~ADDRESSED, self._blob())
+            is_plain = kind == BYTES
+            value = self._burst.body(self._row) if is_plain else decode(kind & ~ADDRESSED, self._blob())
             self._value = value
         return value
 
