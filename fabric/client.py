@@ -154,7 +154,10 @@ class Fabric(Member[Publisher]):
         if self._engine.forked_in:
             self._engine.require_open()
         try:
-            self._dispatcher.run_until(lambda: self._engine.closed, timeout_s)
+            if self._dispatcher.threaded:  # handlers run by themselves; there is only the time to wait out
+                self._engine.until(lambda: self._engine.closed, timeout_s)
+            else:
+                self._dispatcher.run_until(lambda: self._engine.closed, timeout_s)
         except ClosedError:
             return
 

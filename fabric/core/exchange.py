@@ -140,6 +140,9 @@ class Exchange:
     def on_request(self, peer: Peer, fields: Sequence[Any]) -> None:
         """Run it once; answer a repeated one from memory, or say that it is under way."""
         request, awaited, method, priority, left_ms, kind, metadata, blob = fields
+        if awaited > request:
+            self._context.counts[Drop.SHAPE] += 1
+            return
         if request < self._forget_answered(peer, awaited):
             self._context.counts[Drop.STALE] += 1  # nobody waits for it, and whether it was executed is forgotten
             return

@@ -206,7 +206,7 @@ def test_a_peer_that_is_impersonated_with_nonsense_of_the_right_form_goes_on(bes
         Kind.REPLY: (99, False, 1, b"unasked"),
         Kind.FETCH: (feed, 0, 0, far, 1),
         Kind.UNREGISTER: (77,),
-        Kind.REQUEST: (12345, 12345, "ping", 1, 1000, 255, b"\xc1", b"\xc1"),
+        Kind.REQUEST: (12345, 0, "ping", 1, 1000, 255, b"\xc1", b"\xc1"),
     }
     duplicates = besieged.count("duplicate")
     for kind, fields in messages.items():
