@@ -31,8 +31,6 @@ __all__ = ["METADATA_BYTES_MAX", "Budget", "Outbox", "pack_metadata"]
 
 METADATA_BYTES_MAX = 16 * 1024
 """Metadata is for small facts beside a value."""
-PLAIN_BYTES_MAX = 8 * 1024
-"""`bytes` up to this size take the shortest way."""
 ROOM = BURST_BYTES_MAX + 16 * 1024
 """Reserved for an open burst: its records and their columns."""
 ATTEND_BYTES = 2 * 1024 * 1024
@@ -120,7 +118,9 @@ class Outbox:
         engine.outboxes.append(self)
 
     def _clear(self) -> None:
-        self.first, self.size, self.due_ns = self.next, 0, 0
+        self.first, self.due_ns = self.next, 0
+        self.size = BURST_BYTES_MAX
+        """Bytes in the open burst; while none is open it is full, so that nothing goes into it."""
         self.rows: list[tuple[int, int, int, int, Any]] = []
         """(seed, sequence, previous, kind, body) of each record of the open burst."""
         self._add = self.rows.append
@@ -139,15 +139,13 @@ class Outbox:
         # Fast path: a few bytes into an open burst of a known lane.
         if value.__class__ is bytes and metadata is None and seed.__class__ is int:
             with self.lock:
-                size = len(value) + RECORD_BYTES
+                size = self.size + len(value) + RECORD_BYTES
                 lane = self._lanes.get(seed)
-                if lane is not None and self.rows and size < PLAIN_BYTES_MAX and self.size + size <= BURST_BYTES_MAX:
-                    sequence = lane[0]
+                if size <= BURST_BYTES_MAX and lane is not None:
+                    sequence, offset = lane[0], self.next
                     self._add((seed, sequence, lane[1], BYTES, value))
-                    self.size += size
-                    lane[0] = sequence + 1
-                    lane[1] = self.next
-                    self.next += 1
+                    self.size, self.next = size, offset + 1
+                    lane[0], lane[1] = sequence + 1, offset
                     return sequence
         packed = pack_metadata(metadata) if metadata else b""
         planned = plan(value, limit=self._limit)
@@ -288,7 +286,7 @@ class Outbox:
         """Reserve room and begin a burst; False if there is none."""
         if not self.budget.take(room):
             return False
-        self.first, self.room = self.next, room
+        self.first, self.room, self.size = self.next, room, 0
         self.due_ns = self.engine.clock() + int(self.engine.config.work.burst_age_ms * 1000 * US)
         return True
 

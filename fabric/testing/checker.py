@@ -188,7 +188,7 @@ class Checker:
         if inbound is None:
             return
         if life.engine is None:
-            if life.host != book.owner.host and self._newest(life.name) is life:
+            if life.host != book.owner.host and self._newest(life.name).engine is None:
                 return  # nobody can prove that it is dead
             if self._newest(life.name).engine is not None or inbound.floor < len(feed.records):
                 yield f"{who} waits for the end of {reading.feed}: {inbound}"

@@ -239,8 +239,11 @@ class History:
         """`subscribe` returned: whatever is published from now on by who is there belongs to it."""
         book.is_ready = True
         assert book.owner.engine is not None
-        for peer in book.owner.engine.core.members.by_name.values():
-            if peer.is_there and (peer.name, peer.incarnation) in self.lives:
+        core = book.owner.engine.core
+        # Members that came back after the wait was over, while others went on waiting further down this stack.
+        late = core.subscribing.unconfirmed(book.number)
+        for peer in core.members.by_name.values():
+            if peer.is_there and peer.name not in late and (peer.name, peer.incarnation) in self.lives:
                 book.promised[peer.name, peer.incarnation] = {
                     key.topic: len(feed.records)
                     for key, feed in self.feeds.items()
