@@ -218,6 +218,7 @@ class SubscriptionBase:
         else:
             self._engine.waits.attended(self._engine)
         if not items:
+            self._engine.push()  # what was settled does not wait for the next message
             return False
         item = items.popleft()
         self._hand, self._at, self._latest = Hand(item, self._engine.submit_later), -1, item.feed

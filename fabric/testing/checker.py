@@ -143,7 +143,8 @@ class Checker:
             yield from _balanced(where, reading, inbound)
 
     def _owed_until(self, reading: Reading, feed: FeedBook, inbound: InboundFeed, at_rest: bool) -> int:
-        waits = not reading.ended and self._history.lives[reading.feed[:2]].engine is None
+        life = self._history.lives[reading.feed[:2]]
+        waits = not reading.ended and (life.engine is None or self._newest(life.name) is not life)
         if any(lost.end is None for lost in reading.lost) or waits or not at_rest:
             return min(inbound.floor, len(feed.records))
         return len(feed.records)
