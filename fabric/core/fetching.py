@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 from fabric.core.events import BeginPayload, Buffer, DropPayload, FinishPayload, PlaceChunk
 from fabric.core.members import MS, Context
@@ -36,7 +36,9 @@ class Fetching:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._all: dict[Key, _Fetch] = {}
-        self._queue: deque[_Fetch] = deque()
+        self._queues: dict[str, deque[_Fetch]] = {}
+        self._started: Counter[str] = Counter()
+        """How many of each peer are under way."""
         self._under_way = 0
         self._token = 0
         self._progress: dict[str, int] = {}
@@ -50,19 +52,24 @@ class Fetching:
         if key in self._all:
             return
         fetch = self._all[key] = _Fetch(key, peer, size, checksum, self._context.config.repair.retry_ms_first * MS)
-        self._queue.append(fetch)
-        self._start()
+        self._queues.setdefault(peer, deque()).append(fetch)
+        self._start(peer)
 
-    def _start(self) -> None:
+    def _start(self, peer: str) -> None:
+        """Begin what there is room for. One of each peer always may be under way: a dead peer holds up no other."""
         ceiling = self._context.config.inboxes.assembly_bytes_max
-        while self._queue and (not self._under_way or self._under_way + self._queue[0].size <= ceiling):
-            fetch = self._queue.popleft()
+        queue = self._queues.get(peer, ())
+        while queue and (not self._started[peer] or self._under_way + queue[0].size <= ceiling):
+            fetch = queue.popleft()
             if self._all.get(fetch.key) is not fetch:
                 continue
             fetch.started = True
+            self._started[peer] += 1
             self._under_way += fetch.size
             self._context.emit(BeginPayload(*fetch.key, fetch.size))
             self._ask(fetch)
+        if not queue:
+            self._queues.pop(peer, None)
 
     def _ask(self, fetch: _Fetch) -> None:
         self._token += 1
@@ -113,9 +120,11 @@ class Fetching:
             return
         if fetch.started:
             self._under_way -= fetch.size
+            self._started[fetch.peer] -= 1
             if drop:
                 self._context.emit(DropPayload(*key))
-        self._start()
+        for peer in list(self._queues):
+            self._start(peer)
 
     def forget(self, peer: str) -> list[Key]:
         """The peer is gone: what it has not sent will not come."""
@@ -135,7 +144,9 @@ class Fetching:
         return fetch.started and fetch.received.count < fetch.size
 
     def _due_ns(self, fetch: _Fetch) -> int:
-        return max(fetch.due_ns, self._progress.get(fetch.peer, 0) + fetch.wait_ns)
+        """Not while its peer is sending others, unless that takes long: then the question itself was lost."""
+        moved_ns = self._progress.get(fetch.peer, 0) + fetch.wait_ns
+        return max(fetch.due_ns, min(moved_ns, fetch.due_ns + self._context.config.repair.retry_ms_max * MS))
 
     def next_deadline_ns(self) -> int | None:
         """When a fetch may have stalled."""
@@ -144,4 +155,4 @@ class Fetching:
     def check_invariants(self) -> None:
         """Assert the sum of what is under way, and that a slot is never left idle (I7, I9)."""
         assert self._under_way == sum(fetch.size for fetch in self._all.values() if fetch.started)
-        assert self._under_way or not self._all
+        assert all(self._started[fetch.peer] for fetch in self._all.values())

@@ -102,6 +102,15 @@ def test_what_is_under_way_is_bounded_and_a_larger_one_travels_alone() -> None:
     assert begun == [0, 1, 2, 3]
 
 
+def test_a_peer_that_does_not_answer_holds_up_no_other() -> None:
+    desk = Desk(ceiling=100)
+    for number, peer in enumerate(["a", "a", "b", "b"]):
+        desk.fetching.begin((1, number), peer, 90, 0)
+    assert [command.number for command in desk.told() if isinstance(command, BeginPayload)] == [0, 2]
+    desk.fetching.end((1, 2))
+    assert [command.number for command in desk.told() if isinstance(command, BeginPayload)] == [3]
+
+
 def test_a_payload_that_nobody_wants_any_more_leaves_the_queue() -> None:
     desk = Desk(ceiling=100)
     for number in range(3):
