@@ -42,7 +42,7 @@ class SubscriptionBase:
         self._earlier: list[Hand] = []
         """Bursts before the one in hand whose messages are all in the application's hand, by `receive_many`."""
         self._user = threading.Lock()
-        self._user_name = ""
+        self._user_ident = 0
         self._manual = manual
         self._unsettled: dict[tuple[object, int], deque[tuple[int, Hand, int]]] = {}
         self._newest: dict[tuple[object, int], int] = {}
@@ -82,7 +82,7 @@ class SubscriptionBase:
                 return
             yield message
             hand = self._hand
-            if hand is None or self._manual or hand.item.feed.latest:
+            if hand is None or self._at + 1 >= len(hand.rows) or self._manual or hand.item.feed.latest:
                 continue
             # Fast path: the rest of the burst, without asking anybody. How far it came is seen from the rows that are
             # left; whoever breaks off, or takes messages in between, looks there first (`_catch_up`).
@@ -310,8 +310,8 @@ class SubscriptionBase:
 
     def _enter(self, *, settle: bool = True) -> None:
         if not self._user.acquire(blocking=False):
-            raise WrongThreadError(owner=self._user_name, caller=threading.current_thread().name)
-        self._user_name = threading.current_thread().name
+            raise WrongThreadError(owner=_name_of_thread(self._user_ident), caller=threading.current_thread().name)
+        self._user_ident = threading.get_ident()
         try:
             self._require_open()
         except BaseException:
@@ -326,6 +326,10 @@ class SubscriptionBase:
 
     def __repr__(self) -> str:
         return f"Subscription({self.pattern!r}, waiting={len(self._inbox.items)}, feeds={len(self._inbox.open)})"
+
+
+def _name_of_thread(ident: int) -> str:
+    return next((thread.name for thread in threading.enumerate() if thread.ident == ident), "one that has ended")
 
 
 class Subscription(SubscriptionBase):

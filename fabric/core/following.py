@@ -150,7 +150,7 @@ class Following:
         for number, inbound in enumerate(followed.inbounds):
             # What is fetched for a burst hangs on it, so each subscription that keeps one has its own.
             inbound.receive(burst.twin() if number and burst.has_addressed else burst)
-            if inbound.has_unclaimed:
+            if burst.flags and inbound.has_unclaimed:
                 self._claim(followed, inbound)
             if inbound.turned_away:
                 inbound.turned_away = False
@@ -165,6 +165,8 @@ class Following:
             self._claiming.pop(inbound, None)
 
     def _claim_more(self) -> None:
+        if not self._claiming:
+            return
         for inbound, followed in list(self._claiming.items()):
             self._claim(followed, inbound)
 

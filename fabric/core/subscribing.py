@@ -105,7 +105,8 @@ class Subscribing:
             inbound.counts[Drop.NOT_ASKED] += rest - sum(dropped.values())
         inbound.settle(event.first, event.end, event.size)
         self.following.settled(inbound, event.size)
-        self._check_finished(inbound)
+        if inbound.fin is not None:
+            self._check_finished(inbound)
 
     def unconfirmed(self, number: int) -> list[str]:
         """The members that are there and have not confirmed a subscription."""

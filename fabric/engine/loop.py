@@ -68,8 +68,8 @@ class Engine:
         self.lock = threading.Lock()
         self.inboxes: dict[int, Inbox] = {}
         self.budget = Budget(self)
-        self.open: dict[Outbox, int] = {}
-        """Outboxes with an open burst, and when it is due."""
+        self.open: deque[tuple[int, Outbox]] = deque()
+        """When a burst that was opened is due, and whose it is, in the order of opening; it may have left since."""
         self.outboxes: list[Outbox] = []
         self.on_connect: Callable[[Card], None] = lambda card: None
         self.bury: Callable[[Any, str, str], None] = lambda message, reason, detail: None
@@ -210,29 +210,29 @@ class Engine:
 
     def note_open(self, outbox: Outbox) -> None:
         """This outbox has an open burst, or copies under way: somebody has to see to it in time. From any thread."""
-        due_ns = self.open[outbox] = outbox.due_ns or self.clock() + 1000 * US
+        due_ns = outbox.due_ns or self.clock() + 1000 * US
+        self.open.append((due_ns, outbox))
         if due_ns < self.due_ns:
             self.due_ns = due_ns
             self.waits.submitted(self)
 
     def _close_bursts(self, now: int) -> None:
-        for outbox, due_ns in list(self.open.items()):
-            if now >= due_ns:
-                self.open.pop(outbox, None)  # before it is asked: it may be noted anew meanwhile
-                due_ns = outbox.close_if_due(now)
-                if due_ns:
-                    self.open[outbox] = due_ns
+        while self.open and self.open[0][0] <= now:  # those after it were opened later
+            _, outbox = self.open.popleft()
+            due_ns = outbox.close_if_due(now)
+            if due_ns:
+                self.open.append((due_ns, outbox))
 
     def flush(self) -> None:
         """Let all open bursts leave: somebody waits."""
-        for outbox in list(self.open):
+        for outbox in dict.fromkeys(outbox for _, outbox in self.open.copy()):
             outbox.close_burst()
         if self._submitted:
             self.push()
 
     def _set_due(self) -> None:
         due_ns = self.core.next_deadline_ns()
-        self.due_ns = min(due_ns, *self.open.values()) if self.open else due_ns
+        self.due_ns = min(due_ns, self.open[0][0]) if self.open else due_ns
 
     def _drain(self) -> int:
         """Handle what was submitted and what we sent to ourselves."""
@@ -257,7 +257,7 @@ class Engine:
 
     def _receive(self, inbound: Any) -> None:  # noqa: ANN401 - transports.Inbound
         frames, link, now = inbound.frames, inbound.link, self.clock()
-        if link == Link.DATA:
+        if link is Link.DATA:
             self._handle(events.DataReceived(frames[0], inbound.peer), now)
         elif link == Link.CONTROL:
             self._handle(events.ControlReceived(frames[0], inbound.peer), now)
