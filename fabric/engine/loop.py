@@ -36,6 +36,8 @@ US = 1_000
 BULK_QUEUE_BYTES_MAX = 256 * 1024 * 1024
 """Asked for by one peer and not taken by its connection yet; a peer that asks for more is not answered."""
 RECEIVED_AT_ONCE = 16
+CLOSING_REST = 20
+"""Closing old bursts, and sending them after, takes up to a quarter of the time: encoding is a fifth of that cost."""
 
 
 class Waits(Protocol):
@@ -89,6 +91,7 @@ class Engine:
         self.forked_in = 0
         self.fenced_by = 0
         self.due_ns = self.turned_ns = 0
+        self._close_after_ns = 0
         self.restless = True
         """Whether the last turn left something: then nobody may sleep before the next."""
         self.watch: Callable[[object, list[Any]], None] | None = None
@@ -212,16 +215,21 @@ class Engine:
         """This outbox has an open burst, or copies under way: somebody has to see to it in time. From any thread."""
         due_ns = outbox.due_ns or self.clock() + 1000 * US
         self.open.append((due_ns, outbox))
+        due_ns = max(due_ns, self._close_after_ns)
         if due_ns < self.due_ns:
             self.due_ns = due_ns
             self.waits.submitted(self)
 
     def _close_bursts(self, now: int) -> None:
+        if not self.open or now < self._close_after_ns:
+            return
         while self.open and self.open[0][0] <= now:  # those after it were opened later
             _, outbox = self.open.popleft()
             due_ns = outbox.close_if_due(now)
             if due_ns:
                 self.open.append((due_ns, outbox))
+        # Where thousands of bursts fall due at once, they grow older and fuller instead of taking all of the time.
+        self._close_after_ns = now + CLOSING_REST * (self.clock() - now)
 
     def flush(self) -> None:
         """Let all open bursts leave: somebody waits."""
@@ -232,7 +240,7 @@ class Engine:
 
     def _set_due(self) -> None:
         due_ns = self.core.next_deadline_ns()
-        self.due_ns = min(due_ns, self.open[0][0]) if self.open else due_ns
+        self.due_ns = min(due_ns, max(self.open[0][0], self._close_after_ns)) if self.open else due_ns
 
     def _drain(self) -> int:
         """Handle what was submitted and what we sent to ourselves."""

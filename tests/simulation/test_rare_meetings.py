@@ -67,7 +67,7 @@ def a_record_that_was_dropped_before_its_reader_knew_of_it() -> None:
             while True:
                 large.publish(b"kept" * 5000)
         with pytest.raises(QueueFullError):
-            small.publish(b"refused")
+            small.publish(b"refused" * 1000)  # more than a quiet topic reserves
         message.acknowledge()
         world.run(0.1)
         world.heal(trainer, reader)
