@@ -22,6 +22,8 @@ PULL_RANGES_MAX = 64
 ACKNOWLEDGEMENTS_PER_FRAME = 4000
 JOINS_PER_FRAME = 1000
 JOIN_FIRST_NS, JOIN_MAX_NS = 20 * MS, 1000 * MS
+WINDOW_BYTES_MIN = 64
+"""The credit of a pull sinks no lower, whatever is turned away."""
 
 
 class FollowedFeed:
@@ -31,6 +33,7 @@ class FollowedFeed:
         "asked_end",
         "asked_first",
         "behind_ns",
+        "crowded",
         "far",
         "feed",
         "inbounds",
@@ -47,16 +50,19 @@ class FollowedFeed:
         "queued_ns",
         "token",
         "topic",
+        "window",
     )
 
-    def __init__(self, feed: int, peer: Peer, topic: str, known: int, first_wait_ns: int) -> None:
+    def __init__(self, feed: int, peer: Peer, topic: str, known: int, first_wait_ns: int, window: int) -> None:
         self.feed, self.peer, self.topic, self.incarnation, self.known = feed, peer, topic, peer.incarnation, known
         self.inbounds: list[InboundFeed] = []
         self.pushed = self.queued_ns = 0
         """What came over the push link, or was marked there, ends here: what is absent below it is lost."""
         self.behind_ns = 0
         """Since when a heartbeat knows more than the push link told; 0 if it does not."""
-        self.live = self.far = False
+        self.live = self.far = self.crowded = False
+        self.window = window
+        """The credit of the next pull, room allowing: half of the last if some of that was turned away, else double."""
         self.nonce = self.token = self.join_due_ns = self.pull_due_ns = self.asked_end = self.asked_first = 0
         self.join_wait_ns, self.pull_wait_ns = JOIN_FIRST_NS, first_wait_ns
 
@@ -85,7 +91,9 @@ class Following:
         followed = self.feeds.get(feed)
         if followed is None:
             first_wait_ns = self._context.config.repair.retry_ms_first * MS
-            followed = self.feeds[feed] = FollowedFeed(feed, peer, inbound.topic, end, first_wait_ns)
+            followed = self.feeds[feed] = FollowedFeed(
+                feed, peer, inbound.topic, end, first_wait_ns, self._context.config.repair.window_bytes
+            )
             self._context.emit(FollowFeed(feed))
             self._join(followed)
         followed.inbounds.append(inbound)
@@ -153,7 +161,7 @@ class Following:
             if burst.flags and inbound.has_unclaimed:
                 self._claim(followed, inbound)
             if inbound.turned_away:
-                inbound.turned_away = False
+                inbound.turned_away, followed.crowded = False, True
                 self._leave_push(followed)
 
     def _claim(self, followed: FollowedFeed, inbound: InboundFeed) -> None:
@@ -301,12 +309,22 @@ class Following:
         followed.asked_first, followed.asked_end = next(iter(wanted))[0], wanted.end
         followed.pull_due_ns = now + followed.pull_wait_ns
         followed.pull_wait_ns = min(2 * followed.pull_wait_ns, self._context.config.repair.retry_ms_max * MS)
-        credit = max(1, min(left, self._context.config.repair.window_bytes))
+        credit = max(1, min(left, self._window(followed)))
         self._context.counts["pulls"] += 1
         self._context.send(
             followed.peer.name, Kind.PULL, followed.feed, followed.token, credit, list(wanted)[:PULL_RANGES_MAX]
         )
         self._note(followed)
+
+    def _window(self, followed: FollowedFeed) -> int:
+        """Room in the hand is none for records behind one that is not whole: what was taken of the last answer tells.
+
+        A whole window for each record, all but one of it turned away, was quadratic in what was behind.
+        """
+        window = followed.window // 2 if followed.crowded else 2 * followed.window
+        followed.window = min(max(WINDOW_BYTES_MIN, window), self._context.config.repair.window_bytes)
+        followed.crowded = False
+        return followed.window
 
     def _note(self, followed: FollowedFeed) -> None:
         if followed.pull_due_ns or not (followed.live or followed.far):

@@ -220,6 +220,18 @@ def test_a_full_hand_is_not_filled_over_and_over() -> None:
     assert link["a"].counts["repaired_bytes"] - before < 40_000
 
 
+def test_what_is_turned_away_is_not_sent_again_with_each_pull() -> None:
+    """A hold for one record, behind a value that is fetched: a window for each record would be quadratic."""
+    link = Link("a", "b", config=FabricConfig(inboxes=Inboxes(hold_bytes_max=1)))
+    link.subscribe("b", "t")
+    link.crank()
+    for _ in range(200):
+        link.publish("a", "t", [0], payloads={0: bytes(5_000)})
+    link.run(20_000)
+    assert link["b"].offsets("t") == list(range(200))
+    assert link["a"].counts["repaired_bytes"] < 20 * 200 * len(out_of(link).kept[0].frame)
+
+
 def test_what_is_repaired_is_what_was_lost_and_one_window_at_most() -> None:
     link = listening()
     for n in range(200):
