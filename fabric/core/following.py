@@ -94,8 +94,7 @@ class Following:
             followed = self.feeds[feed] = FollowedFeed(
                 feed, peer, inbound.topic, end, first_wait_ns, self._context.config.repair.window_bytes
             )
-            self._context.emit(FollowFeed(feed))
-            self._join(followed)
+            self._listen(followed)
         followed.inbounds.append(inbound)
         followed.known = max(followed.known, end)
         self.confirm(inbound)
@@ -338,12 +337,19 @@ class Following:
                 self._context.wake_by(due_ns)
         else:
             self._restless.pop(followed.feed, None)
+            followed.queued_ns = 0  # it is in the queue no longer: who is restless again must enter it again
 
     # The push link.
 
-    def _join(self, followed: FollowedFeed) -> None:
+    def _listen(self, followed: FollowedFeed) -> None:
+        """Begin to listen, under a nonce that no marker in the link can carry yet."""
         self._nonce += 1
         followed.nonce = (self._context.id + self._nonce) % 2**64
+        self._context.emit(FollowFeed(followed.feed))
+        self._join(followed)
+
+    def _join(self, followed: FollowedFeed) -> None:
+        """Ask for a marker; again with the same nonce, for the first answer may only stand behind much data."""
         followed.join_due_ns = self._context.now + followed.join_wait_ns
         followed.join_wait_ns = min(2 * followed.join_wait_ns, JOIN_MAX_NS)
         self._joining.setdefault(followed.peer.name, []).append((followed.feed, followed.nonce))
@@ -390,8 +396,7 @@ class Following:
             followed.far = False
             followed.join_wait_ns = JOIN_FIRST_NS
             self._context.counts["rejoined"] += 1
-            self._context.emit(FollowFeed(followed.feed))
-            self._join(followed)
+            self._listen(followed)
 
     # Acknowledging and time.
 

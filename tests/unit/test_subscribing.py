@@ -390,3 +390,38 @@ def test_a_lost_naming_of_a_feed_is_repeated() -> None:
     assert link.drop_kind(Kind.REGISTERED)
     link.run(3_000)
     assert link["b"].of(events.BeginFeed) == [events.BeginFeed(1, "a", "t", 1, 0)]
+
+
+def test_a_late_answer_to_an_early_join_proves_the_link() -> None:
+    link = listening()
+    link.publish("a", "t")
+    link.run(100)
+    core = link["b"].core
+    followed = core.following.feeds[FEED]
+    core.following._leave_push(followed)
+    core.following._come_back(followed)
+    asked = []
+    for _ in range(100):  # the answer stands behind much data, so the question is repeated
+        asked += told(link.do("b", events.TimePassed()), Kind.JOIN)
+        link.drop()
+        link.now += 50_000_000
+    assert not followed.live
+    assert len(asked) > 2
+    assert asked == [[[[FEED, followed.nonce]]]] * len(asked)
+    link.do("b", events.DataReceived(encode_marker(FEED, 1, 1, 0, [asked[0][0][0][1]])))
+    assert followed.live
+
+
+def test_who_listens_again_asks_under_a_fresh_nonce() -> None:
+    link = listening()
+    link.publish("a", "t")
+    link.run(100)
+    core = link["b"].core
+    followed = core.following.feeds[FEED]
+    before = followed.nonce
+    assert followed.live
+    core.following._leave_push(followed)
+    core.following._come_back(followed)
+    assert followed.nonce != before
+    link.do("b", events.DataReceived(encode_marker(FEED, 1, 1, 0, [before])))
+    assert not followed.live, "a marker from before it left may have waited in the socket"
