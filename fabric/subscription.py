@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice, pairwise, repeat
+from itertools import islice
 from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from fabric.core.wire import TOMBSTONE, Drop
 from fabric.engine.inbox import Gap, Hand, Inbox
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import ClosedError, PayloadError, ReceiveTimeoutError, WrongThreadError
-from fabric.message import HeldMessage, Message
+from fabric.message import HeldMessage, Message, plain_messages
 from fabric.payloads import BYTES
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class SubscriptionBase:
             if self._manual:
                 self._unsettled[message._feed, message.seed].pop()
             raise
-        message._value = into  # the package's own
+        message.value = into
 
     def _take_more(self, messages: list[Message], n: int) -> list[Message]:
         """Add what is here until there are `n`."""
@@ -135,14 +135,13 @@ class SubscriptionBase:
         """
         begin, burst, feed = self._at + 1, hand.item.burst, hand.item.feed
         rows = hand.rows[begin:]
-        seeds, sequences, _, kinds, starts, metadata = burst.columns
+        seeds, sequences, kinds, _, metadata = burst.columns
         left = iter(rows)
         if self._owning or TOMBSTONE in kinds:
             return left, iter(())
         if isinstance(rows, range) and metadata is None and kinds.count(BYTES) == len(kinds):
-            frame, first = burst.frame, rows.start
-            bodies = [frame[a:b] for a, b in pairwise(starts[first:])]
-            return left, map(Message, repeat(burst), left, repeat(feed), seeds[first:], sequences[first:], bodies)
+            at = rows.start
+            return left, plain_messages(burst, feed, left, seeds[at:], sequences[at:], burst.bodies()[at:])
         return left, (Message(burst, row, feed, seeds[row], sequences[row]) for row in left)
 
     def _waiting(self, timeout_s: float, *, ending: bool = False) -> Steps[Message | None]:
@@ -189,7 +188,7 @@ class SubscriptionBase:
     def _pick(self, hand: Hand, at: int) -> Message | None:
         item, row = hand.item, hand.rows[at]
         burst = item.burst
-        kind, seed = burst.columns[3][row], burst.columns[0][row]
+        kind, seed = burst.columns[2][row], burst.columns[0][row]
         reason = Drop.LOST_AT_SOURCE if kind == TOMBSTONE else None
         if item.feed.latest and reason is None and self._newest.get((item.feed, seed), -1) > burst.first + row:
             reason = Drop.SUPERSEDED

@@ -7,6 +7,7 @@ from typing import Any
 
 from fabric.aio.driving import LoopDriver, running_loop
 from fabric.config import Policy, WhenFull
+from fabric.engine.outbox import ROW
 from fabric.publisher import PublisherBase
 from fabric.topics import check_seed
 
@@ -66,7 +67,7 @@ class Publisher:
             except _NoRoom as full:
                 room = full.room
             await driver.run(outbox._making_room(room))
-        if len(outbox.rows) < 2:  # once in a burst
+        if len(outbox.rows) <= ROW:  # once in a burst
             await self._relax()
         return sequence
 

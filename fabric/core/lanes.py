@@ -120,8 +120,6 @@ class InboundFeed:
             self.room.hand += burst.size
             self._emit(Deliver(self.subscription, self, burst, None, burst.size, (burst.first, burst.end)))
             return
-        if self.best_effort and burst.first > self.next:
-            self.lost.add(max(self.next, self.have.end), burst.first)
         if self.seeds is not None and burst.first == self.next and not self.have and not burst.has_addressed:
             self._receive_filtered(burst, self.seeds)
         else:
@@ -143,7 +141,9 @@ class InboundFeed:
         self.advance()
 
     def _receive_rows(self, burst: Burst) -> None:
-        seeds, previous, kinds = burst.columns[0], burst.columns[2], burst.columns[3]
+        previous, seeds, kinds = burst.previous, burst.columns[0], burst.columns[2]
+        if self.best_effort and burst.first > self.next:
+            self.lost.add(max(self.next, self.have.end), burst.first)
         for index, offset in enumerate(range(burst.first, burst.end)):
             if offset < self.next or offset in self.have or (self.best_effort and offset in self.lost):
                 self.counts[Drop.DUPLICATE] += 1  # or too late: its lane went on without it
@@ -211,8 +211,8 @@ class InboundFeed:
 
     def _is_deliverable(self, offset: int, burst: Burst) -> bool:
         index = offset - burst.first
-        whole = not burst.columns[3][index] & ADDRESSED
-        return whole and self._is_taken(burst.columns[2][index]) and self._has_hand() and self._fits(offset)
+        whole = not burst.columns[2][index] & ADDRESSED
+        return whole and self._is_taken(burst.previous[index]) and self._has_hand() and self._fits(offset)
 
     def _turn_away(self, offset: int) -> None:
         """It counts as not received. A best-effort lane goes on without it."""
@@ -292,7 +292,7 @@ class InboundFeed:
         self.awaiting.discard(offset)
         burst.payloads = burst.payloads or {}
         burst.payloads[offset] = payload
-        self._expect(offset, burst.columns[2][offset - burst.first])
+        self._expect(offset, burst.previous[offset - burst.first])
         self._hand_over()
         self.advance()
 
@@ -484,7 +484,7 @@ class InboundFeed:
         assert all(first > self.floor for first, _ in self.settled), "a range at the floor is absorbed"
         ready = set(self._ready)
         for offset, burst in self.held.items():
-            previous = burst.columns[2][offset - burst.first]
+            previous = burst.previous[offset - burst.first]
             if self._is_taken(previous) and offset not in self.awaiting:
                 assert offset in ready, f"{offset} could be handed over and is forgotten"
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import IntEnum, StrEnum
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from operator import lt
 from struct import Struct, pack, unpack_from
 from struct import error as StructError
@@ -177,6 +177,7 @@ class Burst:
 
     __slots__ = (
         "_columns",
+        "_previous",
         "count",
         "end",
         "feed",
@@ -202,12 +203,13 @@ class Burst:
         )
         self.size = len(frame)
         self._columns: tuple[Any, ...] | None = None
+        self._previous: tuple[int, ...] | None = None
         self.payloads: dict[int, Any] | None = None
 
     def twin(self) -> Burst:
         """The same records, for another subscription: only what is fetched for them is its own."""
         twin = Burst(self.frame, self.feed, self.incarnation, self.first, self.count, self.flags, self.published_ns)
-        twin._columns = self._columns
+        twin._columns, twin._previous = self._columns, self._previous
         return twin
 
     @property
@@ -217,7 +219,7 @@ class Burst:
 
     @property
     def columns(self) -> tuple[Any, ...]:
-        """(seeds, sequences, previous, kinds, starts, metadata lengths or None).
+        """(seeds, sequences, kinds, starts, metadata lengths or None).
 
         `starts` has one entry more than records.
         """
@@ -229,46 +231,73 @@ class Burst:
         n, frame, at = self.count, self.frame, _DATA.size
         seeds = unpack_from(f"<{n}q", frame, at)
         sequences = unpack_from(f"<{n}q", frame, at + 8 * n)
-        previous = unpack_from(f"<{n}q", frame, at + 16 * n)
-        lengths = unpack_from(f"<{n}I", frame, at + 24 * n)
+        lengths = frame[at + 24 * n : at + 28 * n]
         at += 28 * n
         metadata = None
         if self.flags & HAS_METADATA:
             metadata = unpack_from(f"<{n}I", frame, at)
             at += 4 * n
         kinds = frame[at : at + n]
-        starts = tuple(accumulate(lengths, initial=at + n))
+        starts = _starts(at + n, lengths, n)
         if starts[-1] != len(frame) - _TRAILER.size or (
-            metadata and any(m > x for m, x in zip(metadata, lengths, strict=True))
+            metadata and any(m > b - a for m, (a, b) in zip(metadata, pairwise(starts), strict=True))
         ):
             raise WireFormatError("lengths do not add up", reason=Drop.SHAPE)
-        return seeds, sequences, previous, kinds, starts, metadata
+        return seeds, sequences, kinds, starts, metadata
 
     def check(self) -> None:
-        """Raise `WireFormatError` unless every row is possible: no negative numbers, and lanes that point backwards."""
-        seeds, sequences, previous, kinds, _, _ = self.columns
-        if bool(max(kinds) & ADDRESSED) != self.has_addressed:
+        """Raise `WireFormatError` unless every row is possible: no negative numbers, flags that tell the truth.
+
+        ASCII means: no byte has its highest bit, which is the sign of a number and the mark of an addressed record.
+        """
+        columns = self.columns
+        if columns[2].isascii() is self.has_addressed:
             raise WireFormatError("the flag of addressed records lies", reason=Drop.SHAPE)
-        if (
-            min(seeds) < 0
-            or min(sequences) < 0
-            or min(previous) < NONE
-            or not all(map(lt, previous, range(self.first, self.end)))
-        ):
-            raise WireFormatError("a lane that does not point backwards", reason=Drop.SHAPE)
+        at = _DATA.size
+        if not self.frame[at + 7 : at + 16 * self.count : 8].isascii():  # the highest bytes of seeds and sequences
+            raise WireFormatError("a negative seed or sequence", reason=Drop.SHAPE)
+
+    @property
+    def previous(self) -> tuple[int, ...]:
+        """The offset before each record in its lane.
+
+        Only who takes a burst row by row looks at it, so it is checked here: raises `WireFormatError` unless lanes
+        point backwards.
+        """
+        if self._previous is None:
+            n = self.count
+            previous = unpack_from(f"<{n}q", self.frame, _DATA.size + 16 * n)
+            if min(previous) < NONE or not all(map(lt, previous, range(self.first, self.end))):
+                raise WireFormatError("a lane that does not point backwards", reason=Drop.SHAPE)
+            self._previous = previous
+        return self._previous
+
+    def bodies(self) -> Sequence[bytes]:
+        """The values of all records. Raises nothing; call it only where no record has metadata."""
+        starts, frame = self.columns[3], self.frame
+        if isinstance(starts, range):  # one call of C for all
+            return unpack_from(f"{starts.step}s" * self.count, frame, starts.start)
+        return [frame[a:b] for a, b in pairwise(starts)]
 
     def body(self, index: int) -> bytes:
         """The value of one record, without its metadata."""
-        starts, metadata = self.columns[4], self.columns[5]
+        starts, metadata = self.columns[3], self.columns[4]
         return self.frame[starts[index] + (metadata[index] if metadata else 0) : starts[index + 1]]
 
     def metadata(self, index: int) -> bytes:
         """The packed metadata of one record; empty if it has none."""
-        starts, metadata = self.columns[4], self.columns[5]
+        starts, metadata = self.columns[3], self.columns[4]
         return self.frame[starts[index] : starts[index] + metadata[index]] if metadata else b""
 
     def __repr__(self) -> str:
         return f"Burst(feed={self.feed:016x}, offsets={self.first}..{self.end - 1}, bytes={self.size})"
+
+
+def _starts(begin: int, lengths: bytes, n: int) -> Sequence[int]:
+    """Where each of `n` bodies begins, and where the last one ends, from the column of their lengths."""
+    if lengths == lengths[:4] * n and (length := int.from_bytes(lengths[:4], "little")):  # as most bursts are
+        return range(begin, begin + n * length + 1, length)
+    return tuple(accumulate(unpack_from(f"<{n}I", lengths), initial=begin))
 
 
 def encode_burst(
@@ -288,7 +317,7 @@ def encode_burst(
     `metadata`, if any record has some, holds packed maps beside the bodies, which are without them.
     """
     n, packed_kinds = len(bodies), bytes(kinds)
-    flags = (HAS_METADATA if metadata else 0) | (HAS_ADDRESSED if max(packed_kinds) & ADDRESSED else 0)
+    flags = (HAS_METADATA if metadata else 0) | (0 if packed_kinds.isascii() else HAS_ADDRESSED)
     lengths: Iterable[int] = map(len, bodies)
     extra: tuple[bytes, ...] = ()
     pieces: Iterable[bytes] = bodies

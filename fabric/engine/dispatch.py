@@ -255,7 +255,7 @@ class Dispatcher:
             row, burst = hand.rows[position], item.burst
             job = Job(TriedMessage(burst, row, item.feed), hand, position)
             waiting = handler.blocked.get(job.message.lane)
-            if burst.columns[3][row] == TOMBSTONE:
+            if burst.columns[2][row] == TOMBSTONE:
                 hand.settle_one(position, Drop.LOST_AT_SOURCE)
             elif waiting is None:
                 return job

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fabric.core.feeds import OutFeed
     from fabric.engine.loop import Engine
 
-__all__ = ["METADATA_BYTES_MAX", "Budget", "Outbox", "pack_metadata"]
+__all__ = ["METADATA_BYTES_MAX", "ROW", "Budget", "Outbox", "pack_metadata"]
 
 METADATA_BYTES_MAX = 16 * 1024
 """Metadata is for small facts beside a value."""
@@ -45,6 +45,8 @@ PACE_PAYLOADS = 3
 """... or so many large values: enough to keep the link busy, few enough that their buffers stay warm."""
 PACE_S = 0.1
 """The longest that a flooding thread gives way; a reader that has not moved then is not waited for until it does."""
+ROW = 5
+"""Entries of one record in `Outbox.rows`."""
 US = 1_000
 
 
@@ -81,9 +83,9 @@ class _Closed:
     __slots__ = ("bodies", "columns", "first", "kinds", "metadata", "payloads", "room", "waiting")
 
     def __init__(self, outbox: Outbox) -> None:
-        seeds, sequences, previous, kinds, bodies = zip(*outbox.rows, strict=True)
-        self.first, self.columns = outbox.first, (seeds, sequences, previous)
-        self.kinds, self.bodies = list(kinds), list(bodies)
+        rows = outbox.rows
+        self.first, self.columns = outbox.first, (rows[0::ROW], rows[1::ROW], rows[2::ROW])
+        self.kinds, self.bodies = rows[3::ROW], rows[4::ROW]
         self.metadata, self.payloads, self.room, self.waiting = (
             outbox.metadata,
             outbox.payloads,
@@ -128,9 +130,10 @@ class Outbox:
         self.first, self.due_ns = self.next, 0
         self.size = BURST_BYTES_MAX
         """Bytes in the open burst; while none is open it is full, so that nothing goes into it."""
-        self.rows: list[tuple[int, int, int, int, Any]] = []
-        """(seed, sequence, previous, kind, body) of each record of the open burst."""
-        self._add = self.rows.append
+        self.rows: list[Any] = []
+        """Of each record of the open burst `ROW` entries: seed, sequence, previous, kind, body. One flat list, because
+        its columns are slices: to turn a list of tuples took longer than all the rest of closing a burst."""
+        self._add = self.rows.extend
         self.metadata: dict[int, bytes] = {}
         self.payloads: dict[int, Any] = {}
         self.waiting: list[tuple[int, Pending]] = []
@@ -202,25 +205,26 @@ class Outbox:
         self.next = offset
 
     def _publish_small(self, kind: int, body: bytes, seed: int, packed: bytes) -> int:
-        size = len(body) + len(packed) + RECORD_BYTES
+        size, left = len(body) + len(packed) + RECORD_BYTES, 0
         while True:
             with self.lock:
                 self._require_open()
                 if self.rows and self.size + size > self._burst_max:
+                    left += self.size
                     self._close()
                 room = ROOM if self._is_busy or size > QUIET_BURST_BYTES else QUIET_ROOM
                 if self.rows or self._open(room):
                     sequence = self._append(seed, kind, body, packed, size)
-                    full = self.size + size > self._burst_max
-                    if full:
+                    if self.size + size > self._burst_max:
+                        left += self.size
                         self._close()
                     break
             self._wait_for_room(room)
-        if full:
-            self.engine.push()
-            self._pace(self._burst_max)
-        elif self.due_ns and len(self.rows) == 1:
+        if self.due_ns and len(self.rows) == ROW:
             self.engine.note_open(self)
+        if left:  # who fills a burst sends it
+            self.engine.push()
+            self._pace(left)
         return sequence
 
     def _append(self, seed: int, kind: int, body: bytes, packed: bytes, size: int) -> int:
@@ -229,7 +233,7 @@ class Outbox:
             lane = self._lanes[seed] = [0, NONE]
         sequence = lane[0]
         if packed:
-            self.metadata[len(self.rows)] = packed
+            self.metadata[len(self.rows) // ROW] = packed
         self._add((seed, sequence, lane[1], kind, body))
         self.size += size
         lane[0], lane[1] = sequence + 1, self.next
@@ -301,7 +305,7 @@ class Outbox:
 
     def _close(self) -> None:
         """End the open burst; it leaves now, or once the copies before it are done."""
-        self._record_bytes = max(1, self.size // len(self.rows))
+        self._record_bytes = max(1, self.size * ROW // len(self.rows))
         self._is_busy = 2 * self.size > self._burst_max
         closed = _Closed(self)
         self._leaving.append(closed)

@@ -184,7 +184,7 @@ class Reader:
 
 def cut_out(burst: Burst, begin: int, end: int) -> Burst:
     """Some rows of a burst as a burst of their own."""
-    seeds, sequences, previous, kinds, _, _ = burst.columns
+    previous, (seeds, sequences, kinds, _, _) = burst.previous, burst.columns
     rows = slice(begin, end)
     bodies = [burst.body(row) for row in range(begin, end)]
     first = burst.first + begin

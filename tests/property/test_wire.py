@@ -166,7 +166,7 @@ def test_a_burst_is_read_as_it_was_written(
     assert nonces is None
     assert (burst.feed, burst.incarnation, burst.first, burst.end) == (feed, life, first, first + len(rows))
     assert (burst.published_ns, burst.size, burst.frame) == (when, len(frame), frame)
-    assert list(map(list, burst.columns[:4])) == [seeds, sequences, previous, kinds]
+    assert [*map(list, burst.columns[:3]), list(burst.previous)] == [seeds, sequences, kinds, previous]
     assert burst.has_addressed == any(kind & ADDRESSED for kind in kinds)
     assert [burst.body(row) for row in range(burst.count)] == bodies
     assert [burst.metadata(row) for row in range(burst.count)] == (metadata if annotated else [b""] * len(rows))

@@ -214,7 +214,7 @@ def gap_before_floor() -> list[Patch]:
         for offset in sorted(self.held):
             burst = self.held.get(offset)
             if burst is not None:
-                self._expect(offset, burst.columns[2][offset - burst.first])
+                self._expect(offset, burst.previous[offset - burst.first])
         self._hand_over()
 
     return [wrapped(InboundFeed, "_is_taken", is_taken), wrapped(InboundFeed, "learn", learn)]

@@ -39,7 +39,7 @@ def test_a_golden_burst_is_read_as_it_was_written() -> None:
     burst, nonces = decode_data((DATA / "data_burst_with_metadata.bin").read_bytes())
     assert nonces is None
     assert (burst.feed, burst.incarnation, burst.first, burst.count, burst.end) == (FEED, INCARNATION, 5, 3, 8)
-    assert burst.columns[:3] == ((17, 18, 17), (2, 0, 3), (4, -1, 5))
+    assert (*burst.columns[:2], burst.previous) == ((17, 18, 17), (2, 0, 3), (4, -1, 5))
     assert [burst.body(row) for row in range(3)] == [b"first", b"", b"third"]
     assert [burst.metadata(row) for row in range(3)] == [b"\x81\xa4step\x07", b"", b"\x80"]
 

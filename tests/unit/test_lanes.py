@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fabric.core.events import Deliver, ReportGap
 from fabric.core.lanes import InboundFeed
 from fabric.core.rooms import Room
-from fabric.core.wire import NONE, Drop, encode_burst
-from tests.harness.bursts import Numbering, burst_of
+from fabric.core.wire import NONE, Burst, Drop, encode_burst
+from fabric.errors import WireFormatError
+from tests.harness.bursts import Numbering, burst_of, resealed
 
 
 class Desk:
@@ -336,3 +339,23 @@ def test_a_huge_gap_is_passed_in_one_step() -> None:
 
 def test_a_feed_shows_where_it_is() -> None:
     assert repr(Desk(join=4).inbound) == "InboundFeed(a/t, floor=4, next=4, known=4, held=0, fin=None)"
+
+
+def lying(numbering: Numbering, seeds: list[int]) -> Burst:
+    """The next burst, whose first record says that it waits for itself."""
+    frame, at = numbering.frame(seeds), 48 + 16 * len(seeds)
+    first = numbering.end - len(seeds)
+    return burst_of(resealed(frame[:at] + first.to_bytes(8, "little") + frame[at + 8 :]))
+
+
+def test_a_lane_that_does_not_point_backwards_matters_only_where_somebody_waits_for_it() -> None:
+    whole = Desk()
+    whole.inbound.receive(lying(Numbering(), [0, 1]))
+    assert whole.delivered() == [0, 1], "in order: nobody looked"
+    for best_effort in (False, True):
+        ahead, numbering = Desk(best_effort=best_effort), Numbering()
+        numbering.burst([0])
+        with pytest.raises(WireFormatError) as caught:
+            ahead.inbound.receive(lying(numbering, [0, 1]))
+        assert caught.value.fields["reason"] == Drop.SHAPE
+        assert (list(ahead.inbound.have), list(ahead.inbound.lost), ahead.inbound.held) == ([], [], {})

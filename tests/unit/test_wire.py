@@ -129,6 +129,7 @@ def test_a_burst_with_impossible_rows_is_refused(frame: bytes, at: int, form: st
     burst = burst_of(changed(frame, at, form, value))
     with pytest.raises(WireFormatError) as caught:
         burst.check()
+        assert not burst.previous
     assert caught.value.fields["reason"] == Drop.SHAPE
 
 

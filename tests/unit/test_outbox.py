@@ -1,0 +1,55 @@
+"""The open burst: who sends it, and how far a flood may run ahead of its readers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fabric.config import BURST_BYTES_MAX
+from fabric.core.wire import RECORD_BYTES
+from fabric.engine.outbox import PACE_BYTES
+from fabric.testing import World
+
+VALUE = b"x" * 256
+FULL = BURST_BYTES_MAX // (len(VALUE) + RECORD_BYTES)
+"""Records in a full burst."""
+
+
+def received_by_core(fabric: Any, topic: str) -> int:
+    return int(fabric._engine.core.publishing.feeds[topic].end)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_who_fills_a_burst_sends_it(many: bool) -> None:
+    with World(world_size=1) as world:
+        member = world.join(0)
+        publisher = member.publisher("t", when_full="block")
+        publisher.publish(VALUE)
+        world.run(0.01)
+        publisher.publish(VALUE)  # in a burst of its own; a quiet one is not worth its whole room yet
+        quiet = publisher._burst_max // (len(VALUE) + RECORD_BYTES)
+        if many:
+            publisher.publish_many([VALUE] * (quiet + FULL), seeds=[0] * (quiet + FULL))
+        else:
+            for _ in range(quiet + FULL):
+                publisher.publish(VALUE)
+        # Nobody else drove: the world stood still.
+        assert received_by_core(member, "t") == 1 + quiet + FULL
+
+
+def test_a_flood_of_small_records_gives_way_to_its_readers() -> None:
+    with World(world_size=2, checked=False) as world:
+        flooding, reading = world.join(0), world.join(1)
+        inbox = reading.subscribe("t")
+        publisher = flooding.publisher("t", when_full="block")
+        publisher.wait_for_subscribers(1, timeout_s=5)
+        world.every(0.001, lambda: [None for _ in inbox.drain()])
+        ahead = 0
+        for _ in range(2 * PACE_BYTES // len(VALUE)):
+            publisher.publish(VALUE)
+            if not len(publisher.rows):
+                continue
+            ahead = max(ahead, publisher.next - min(publisher._readers().values()))
+        assert flooding.statistics()["publish_paced"] > 0
+        assert ahead * len(VALUE) <= PACE_BYTES + 4 * 1024 * 1024, "looked at every 2 MiB"
