@@ -36,6 +36,7 @@ from transports.base import (
     check_frames,
     size_of,
 )
+from transports.heap import keep_freed_memory
 from transports.inlets import BulkInlet, ControlInlet, DataInlet, Inlet
 from transports.sockets import Pipe, bind, failure, make_socket, translated, zero_copy_frames
 
@@ -80,6 +81,7 @@ class ZeroMQTransport(OneProcess):
     ) -> None:
         self._limits = limits = limits or SocketLimits()
         self._site = Site.choose(listen, directory, name, wildcard=limits.wildcard)
+        keep_freed_memory()
         self._context: zmq.Context[Any] = zmq.Context(io_threads=1)
         self._context.set(zmq.MAX_SOCKETS, limits.sockets)
         self._peers: dict[str, _Peer] = {}

@@ -242,9 +242,9 @@ class Outbox:
 
     def _publish_addressed(self, planned: Plan, seed: int, packed: bytes) -> int:
         """The value goes into a buffer of its own, the burst carries its descriptor and leaves at once."""
-        buffer, pending = self._fill(planned)
+        buffer, pending, descriptor = self._fill(planned)
         try:
-            sequence = self._take_addressed(buffer, pending, planned.kind | ADDRESSED, seed, packed)
+            sequence = self._take_addressed(buffer, pending, planned.kind | ADDRESSED, seed, descriptor, packed)
         except BaseException:
             buffer.release()  # it was not taken
             raise
@@ -256,7 +256,7 @@ class Outbox:
         return sequence
 
     def _take_addressed(
-        self, buffer: PooledBuffer, pending: Pending | None, kind: int, seed: int, packed: bytes
+        self, buffer: PooledBuffer, pending: Pending | None, kind: int, seed: int, descriptor: bytes, packed: bytes
     ) -> int:
         room = ROOM + len(buffer.view)
         while True:
@@ -268,21 +268,22 @@ class Outbox:
                     self.payloads[self.next] = buffer
                     if pending is not None:
                         self.waiting.append((self.next, pending))
-                    sequence = self._append(seed, kind, b"", packed, RECORD_BYTES + len(packed))
+                    sequence = self._append(seed, kind, descriptor, packed, RECORD_BYTES + len(packed))
                     self._close()
                     return sequence
             self._wait_for_room(room)
 
-    def _fill(self, planned: Plan) -> tuple[PooledBuffer, Pending | None]:
+    def _fill(self, planned: Plan) -> tuple[PooledBuffer, Pending | None, bytes]:
+        """The value's bytes, the copies that are under way, and the descriptor; none yet while copies are."""
         if planned.on_device:
-            return self.engine.devices.stage(planned)
+            return *self.engine.devices.stage(planned), b""
         buffer = self.engine.pool.take(planned.size)
         try:
-            planned.write(buffer.view)
+            checksum = planned.write_summed(buffer.view)
         except BaseException:
             buffer.release()
             raise
-        return buffer, None
+        return buffer, None, encode_descriptor(planned.size, checksum)
 
     # The open burst; all of these need the lock.
 
@@ -337,7 +338,8 @@ class Outbox:
         payloads: dict[int, memoryview] = {}
         for offset, buffer in closed.payloads.items():
             view = payloads[offset] = buffer.freeze()
-            closed.bodies[offset - closed.first] = encode_descriptor(len(view), checksum_of(view))
+            if not closed.bodies[offset - closed.first]:  # it came from a device
+                closed.bodies[offset - closed.first] = encode_descriptor(len(view), checksum_of(view))
         metadata = [closed.metadata.get(index, b"") for index in range(len(closed.bodies))] if closed.metadata else None
         seeds = tuple(closed.columns[0]) if self.policy is Policy.LATEST else ()
         incarnation = self.engine.card.incarnation

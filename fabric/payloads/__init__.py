@@ -3,7 +3,7 @@
 `plan` a value, `write` the plan into memory, `decode` it elsewhere. `schema.py` describes the blobs and checks received
 ones, `trees.py` describes and makes those of containers, `plans.py` the others, `tensors.py` is all that knows torch,
 `decoders.py` reads blobs, `receiving.py` copies values out of them, `pool.py` keeps warm memory, `staging.py` waits for
-devices.
+devices, `summing.py` copies with a checksum.
 """
 
 from fabric.payloads.decoders import decode
@@ -12,6 +12,7 @@ from fabric.payloads.pool import BufferPool, PooledBuffer
 from fabric.payloads.receiving import decode_into, own
 from fabric.payloads.schema import ARRAY, BYTES, FLOAT, INTEGER, TENSOR, TEXT, TREE
 from fabric.payloads.staging import DeviceQueue, Pending, StagingError, stage
+from fabric.payloads.summing import Digest, copy_summed
 from fabric.payloads.trees import register
 
 __all__ = [
@@ -24,10 +25,12 @@ __all__ = [
     "TREE",
     "BufferPool",
     "DeviceQueue",
+    "Digest",
     "Pending",
     "Plan",
     "PooledBuffer",
     "StagingError",
+    "copy_summed",
     "decode",
     "decode_into",
     "own",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, cast
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from fabric.errors import PayloadTooLargeError, UnsupportedValueError
 from fabric.payloads.schema import (
@@ -26,6 +27,10 @@ from fabric.payloads.schema import (
     TEXT,
 )
 from fabric.payloads.staging import DeviceQueue, Pending
+from fabric.payloads.summing import Digest, copy_summed
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class Plan:
@@ -47,6 +52,11 @@ class Plan:
         The value's memory is copied once. For values on a device this waits; see `start`.
         """
         raise NotImplementedError
+
+    def write_summed(self, target: memoryview) -> int:
+        """As `write`; returns the XXH3-64 of the blob."""
+        self.write(target)
+        return xxh3_64_intdigest(target[: self.size])
 
     def tobytes(self) -> bytes:
         """The blob as bytes."""
@@ -97,6 +107,10 @@ class Source:
         """Copy the elements to `offset` of `target`."""
         raise NotImplementedError
 
+    def plain(self) -> memoryview | None:
+        """The elements as they will lie in the blob, where they lie so already."""
+        return None
+
     def start(self, target: memoryview, offset: int, queue: DeviceQueue) -> Pending | None:
         """Copy now, or start the copy through `queue`."""
         self.write(target, offset)
@@ -114,6 +128,13 @@ class ArraySource(Source):
     def write(self, target: memoryview, offset: int) -> None:
         """Copy the elements; numpy converts strides and byte order on the way and releases the GIL for large ones."""
         np.copyto(np.ndarray(self.shape, DTYPES[self.code].carrier, target, offset), self.array)
+
+    def plain(self) -> memoryview | None:
+        """The elements themselves, if they are contiguous and little endian."""
+        array = self.array
+        if not array.flags.c_contiguous or array.dtype != DTYPES[self.code].carrier:
+            return None
+        return memoryview(cast("Buffer", array.reshape(-1).view(np.uint8)))
 
 
 class BufferPlan(Plan):
@@ -136,6 +157,16 @@ class BufferPlan(Plan):
         start = len(head)
         target[:start] = head
         self.source.write(target, start)
+
+    def write_summed(self, target: memoryview) -> int:
+        """As `write`; the elements are summed as they are copied, where that is one plain copy."""
+        elements = self.source.plain()
+        if elements is None:
+            return super().write_summed(target)
+        digest, start = Digest(self.head), len(self.head)
+        target[:start] = self.head
+        copy_summed(target[start : self.size], elements, digest)
+        return digest.intdigest()
 
     def start(self, target: memoryview, queue: DeviceQueue) -> Pending | None:
         """Write the head, and copy the elements or start their copy."""
