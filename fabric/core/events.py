@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, dataclass_transform
 
 from fabric.config import Delivery, Policy, Start
 from fabric.core.cards import Card
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """Bytes that pass the core untouched."""
+C = TypeVar("C")
 
 __all__ = [
     "AppendRecords",
@@ -68,10 +69,20 @@ __all__ = [
 ]
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def crossing(cls: type[C]) -> type[C]:
+    """A frozen dataclass with slots: what crosses the seam is never changed. The type checker holds it.
+
+    At run time it is not: freezing costs a call for each field, 1.5 us instead of 0.2 for one of ten fields, and
+    several are made for each burst.
+    """
+    return dataclass(slots=True)(cls)
+
+
 # Events: what the application did.
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class FeedOpened:
     """A publisher begins a feed on `topic`."""
 
@@ -79,7 +90,7 @@ class FeedOpened:
     policy: Policy
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class BurstClosed:
     """A publisher closed a burst: `count` records from offset `first` on.
 
@@ -97,7 +108,7 @@ class BurstClosed:
     """What its publisher had reserved for it, in bytes; the engine's account, not the core's."""
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class RoomNeeded:
     """A `drop_oldest` publisher needs `size` bytes: the oldest owed bursts of its feed give way for everybody."""
 
@@ -105,7 +116,7 @@ class RoomNeeded:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class SubscriptionOpened:
     """The application subscribes."""
 
@@ -116,14 +127,14 @@ class SubscriptionOpened:
     seeds: frozenset[int] | None
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class SubscriptionClosed:
     """The application is done with a subscription."""
 
     subscription: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class MessagesSettled:
     """The application settled offsets `first <= offset < end` of a feed that were in its hand.
 
@@ -139,7 +150,7 @@ class MessagesSettled:
     """Records in that range that were not handled, by reason."""
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class RequestIssued:
     """The application asks a peer. `payload` holds the value of an addressed request."""
 
@@ -154,14 +165,14 @@ class RequestIssued:
     payload: Buffer | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class RequestAbandoned:
     """Nobody waits for this request of ours any more."""
 
     request: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class ReplyIssued:
     """A handler of ours finished a peer's request."""
 
@@ -174,7 +185,7 @@ class ReplyIssued:
     payload: Buffer | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class IntakeStopped:
     """The application closes: feeds end where they are; what is owed may still be fetched until `BYE` is sent."""
 
@@ -184,7 +195,7 @@ class IntakeStopped:
 # Events: what the world did.
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class DataReceived:
     """A frame came on DATA."""
 
@@ -192,7 +203,7 @@ class DataReceived:
     peer: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class ControlReceived:
     """A frame came on CONTROL. `peer` is the authenticated name of its sender, or None."""
 
@@ -200,7 +211,7 @@ class ControlReceived:
     peer: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class BulkReceived:
     """A header and perhaps a chunk came on BULK."""
 
@@ -209,14 +220,14 @@ class BulkReceived:
     peer: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class PeerAnnounced:
     """The rendezvous, or a roster, names a member."""
 
     card: Card
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class PeerDied:
     """A process is proven dead; silence is no proof."""
 
@@ -224,14 +235,14 @@ class PeerDied:
     incarnation: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class RosterAsked:
     """We ask an address (connected under the name `peer`) for the roster."""
 
     peer: str
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class PayloadChecked:
     """A payload is complete and compared with its checksum."""
 
@@ -241,7 +252,7 @@ class PayloadChecked:
     """The bytes, or None if they are not what their publisher sent."""
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class RecordsLoaded:
     """The disk answers `LoadRecords`."""
 
@@ -249,7 +260,7 @@ class RecordsLoaded:
     frames: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class WriteFinished:
     """All bursts of the feed below offset `end` are on disk."""
 
@@ -257,7 +268,7 @@ class WriteFinished:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class WriteFailed:
     """The disk refused; `reason` says why."""
 
@@ -265,7 +276,7 @@ class WriteFailed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class TimePassed:
     """The deadline that `next_deadline_ns` named is here."""
 
@@ -273,7 +284,7 @@ class TimePassed:
 # Commands.
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class Broadcast:
     """Send on DATA. A `marker` waits until the subscriptions that reached the socket are in force."""
 
@@ -281,7 +292,7 @@ class Broadcast:
     marker: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class SendControl:
     """Send on CONTROL; may be lost, the protocol repeats what matters."""
 
@@ -289,7 +300,7 @@ class SendControl:
     frame: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class SendBulk:
     """Send on BULK, after what is queued there for this peer."""
 
@@ -298,21 +309,21 @@ class SendBulk:
     chunk: Buffer | None
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class FollowFeed:
     """Receive DATA of this feed."""
 
     feed: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class UnfollowFeed:
     """Receive DATA of this feed no longer."""
 
     feed: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class ConnectPeer:
     """Connect, or reconnect, to this member under `key`."""
 
@@ -320,14 +331,14 @@ class ConnectPeer:
     card: Card
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class DisconnectPeer:
     """Forget the connections to `key`."""
 
     key: str
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class Deliver:
     """Hand over records of a burst to a subscription: `rows`, or all if None.
 
@@ -343,7 +354,7 @@ class Deliver:
     """The offsets that are settled with these rows; None: the rows alone."""
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class BeginFeed:
     """A feed begins for this subscription, at its join offset."""
 
@@ -354,7 +365,7 @@ class BeginFeed:
     join: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class ReportGap:
     """Offsets `first <= offset < end` of a feed can no longer be had.
 
@@ -370,7 +381,7 @@ class ReportGap:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class EndFeed:
     """This feed is over for this subscription: its publisher closed or died, and all of it is settled."""
 
@@ -379,7 +390,7 @@ class EndFeed:
     topic: str
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class BeginPayload:
     """Make room for a payload of `size` bytes."""
 
@@ -388,7 +399,7 @@ class BeginPayload:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class PlaceChunk:
     """Put a chunk at `position` of a payload."""
 
@@ -398,7 +409,7 @@ class PlaceChunk:
     chunk: Buffer
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class FinishPayload:
     """All bytes of a payload are there: compare its XXH3-64 and answer with `PayloadChecked`."""
 
@@ -407,7 +418,7 @@ class FinishPayload:
     checksum: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class DropPayload:
     """Give up a payload that was begun."""
 
@@ -415,7 +426,7 @@ class DropPayload:
     number: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class ExecuteRequest:
     """Run the handler of a method for a peer, once. An addressed value lies in the payload (space, request)."""
 
@@ -431,7 +442,7 @@ class ExecuteRequest:
     space: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class CompleteRequest:
     """A request of ours is over. `outcome`: "reply", "failure", "timeout", "gone".
 
@@ -446,7 +457,7 @@ class CompleteRequest:
     space: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class ReportPeer:
     """A peer's state changed: "joined", "up", "suspect", "down", "left", "dead", "version"."""
 
@@ -455,21 +466,21 @@ class ReportPeer:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class ReportFenced:
     """A newer incarnation of this very member exists: it must stop publishing."""
 
     newest: int
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class ProbePeer:
     """Find out whether this silent process of the same host is dead; answer with `PeerDied` if it is."""
 
     card: Card
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class AppendRecords:
     """Write a burst to the spill log; answer with `WriteFinished` or `WriteFailed`."""
 
@@ -479,7 +490,7 @@ class AppendRecords:
     payloads: Mapping[int, Buffer] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@crossing
 class LoadRecords:
     """Read bursts from the spill log; answer with `RecordsLoaded`."""
 

@@ -16,7 +16,7 @@ metadata lengths u32 (only if flagged), kinds u8. A record's body is its metadat
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 from itertools import accumulate, pairwise
 from operator import lt
 from struct import Struct, pack, unpack_from
@@ -27,6 +27,7 @@ import msgpack
 from xxhash import xxh3_64_intdigest as checksum_of
 
 from fabric.config import BURST_BYTES_MAX
+from fabric.core.fields import FIELDS_BY_CODE, Kind
 from fabric.errors import WireFormatError
 
 __all__ = [
@@ -84,34 +85,6 @@ assert (_DATA.size, _CONTROL.size, _DESCRIPTOR.size) == (48, 24, 16)
 
 RECORD_BYTES = _COLUMN_BYTES
 """What a record adds to a burst besides its body."""
-
-
-class Kind(IntEnum):
-    """Messages on CONTROL (below 64) and BULK (from 64)."""
-
-    HELLO = 1
-    REGISTER = 2
-    REGISTERED = 3
-    UNREGISTER = 4
-    ACKNOWLEDGE = 5
-    PULL = 6
-    JOIN = 7
-    HEARTBEAT = 8
-    UNKNOWN = 9
-    STATUS = 10
-    FIN = 11
-    FENCED = 12
-    BYE = 13
-    REQUEST = 16
-    ACCEPTED = 17
-    REPLY = 18
-    FETCH = 20
-    ROSTER_ASK = 24
-    ROSTER = 25
-    REPAIR = 64
-    AVAILABLE = 65
-    CHUNK = 66
-    MISSING = 67
 
 
 class Drop(StrEnum):
@@ -403,65 +376,6 @@ class Control:
         return f"Control({self.kind.name}, {self.source:016x}@{self.incarnation}, {self.fields!r})"
 
 
-class Each:
-    """A list whose entries all have the types `shape`."""
-
-    def __init__(self, *shape: object) -> None:
-        self.shape = shape
-
-
-_CARD = (str, int, int, str, str, int, int, str, str, str)
-_REGISTRATION = (int, str, str, str, bool, Each(int, int))
-
-FIELDS: dict[Kind, tuple[Any, ...]] = {
-    # a card: name, rank + 1 (0: an observer), world size, job, host, pid, version, endpoints of DATA, CONTROL, BULK;
-    # then the incarnation of you that I saw, and my subscriptions
-    Kind.HELLO: (*_CARD, int, Each(*_REGISTRATION)),
-    # subscription, pattern, start, delivery, resume from 0, positions (feed, floor)
-    Kind.REGISTER: _REGISTRATION,
-    # subscription, number of feeds that match it by now, some of them: (feed, topic, policy, join offset, end, first
-    # available)
-    Kind.REGISTERED: (int, int, Each(int, str, str, int, int, int)),
-    Kind.UNREGISTER: (int,),
-    # (subscription, feed, floor)
-    Kind.ACKNOWLEDGE: (Each(int, int, int),),
-    # feed, token, credit in bytes, ranges
-    Kind.PULL: (int, int, int, Each(int, int)),
-    # feeds with their nonces
-    Kind.JOIN: (Each(int, int),),
-    # feeds with their ends; the incarnation of you that I saw
-    Kind.HEARTBEAT: (Each(int, int), int),
-    # a subscription that the publisher does not know
-    Kind.UNKNOWN: (int,),
-    # topic, incarnation that the subscriber is at
-    Kind.STATUS: (str, int),
-    # topic, that incarnation, the following one and its feed, first available and end of the old, whether that end is
-    # exact
-    Kind.FIN: (str, int, int, int, int, int, bool),
-    # the newest incarnation of you that was seen
-    Kind.FENCED: (int,),
-    # feeds with their ends; whether this is the last of them
-    Kind.BYE: (Each(int, int), bool),
-    # request, the lowest that I still wait for, method, priority, milliseconds left, kind, metadata, blob (or a
-    # descriptor, if the kind is addressed)
-    Kind.REQUEST: (int, int, str, int, int, int, bytes, bytes),
-    Kind.ACCEPTED: (int,),
-    # request, whether it failed, kind, blob
-    Kind.REPLY: (int, bool, int, bytes),
-    # space, number, position, length, token
-    Kind.FETCH: (int, int, int, int, int),
-    Kind.ROSTER_ASK: (*_CARD, int),
-    Kind.ROSTER: (Each(*_CARD, int),),
-    # feed, token
-    Kind.REPAIR: (int, int),
-    # feed, token, first available, end, lost in between
-    Kind.AVAILABLE: (int, int, int, int, Each(int, int)),
-    # space, number, position, token
-    Kind.CHUNK: (int, int, int, int),
-    Kind.MISSING: (int, int, int),
-}
-
-
 def encode_control(kind: Kind, source: int, incarnation: int, *fields: object) -> bytes:
     """One CONTROL frame, or the header frame of a chunk."""
     frame: bytes = _CONTROL.pack(MAGIC, VERSION, kind, 0, source, incarnation) + msgpack.packb(fields)
@@ -475,7 +389,7 @@ def decode_control(frame: bytes) -> Control:
     except StructError:
         raise WireFormatError(f"{len(frame)} bytes", reason=Drop.TRUNCATED) from None
     _check_head(frame, magic, version)
-    shape = _FIELDS_BY_CODE.get(code)
+    shape = FIELDS_BY_CODE.get(code)
     if shape is None or reserved:
         raise WireFormatError(f"kind {code}", reason=Drop.KIND)
     if len(frame) > CONTROL_BYTES_MAX:
@@ -488,24 +402,3 @@ def decode_control(frame: bytes) -> Control:
     if not shape[1].fits(fields):
         raise WireFormatError(f"fields of {shape[0].name}", reason=Drop.SHAPE)
     return Control(shape[0], source, incarnation, fields)
-
-
-class _Shape:
-    """What a list of fields must look like, prepared for a quick look: the types first, then the signs of numbers."""
-
-    def __init__(self, wanted: tuple[Any, ...]) -> None:
-        self._types = [list if isinstance(one, Each) else one for one in wanted]
-        self._numbers = [index for index, one in enumerate(wanted) if one is int]
-        self._lists = [(index, _Shape(one.shape)) for index, one in enumerate(wanted) if isinstance(one, Each)]
-
-    def fits(self, values: object) -> bool:
-        """Whether these are such fields. msgpack's integers are below 2**64; they may be negative, ours are not."""
-        if type(values) is not list or list(map(type, values)) != self._types:
-            return False
-        for index in self._numbers:
-            if values[index] < 0:
-                return False
-        return all(shape.fits(entry) for index, shape in self._lists for entry in values[index])
-
-
-_FIELDS_BY_CODE = {int(kind): (kind, _Shape(wanted)) for kind, wanted in FIELDS.items()}

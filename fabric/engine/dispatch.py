@@ -184,6 +184,8 @@ class Dispatcher:
 
     def due_ns(self) -> int | None:
         """When the next attempt of a failed message is due."""
+        if not (self._handlers or self._unclaimed):
+            return None
         dues = [due for handler in self._handlers if (due := handler.due_ns()) is not None]
         return min([*dues, *(due for due, _, _ in self._unclaimed[:1])], default=None)
 

@@ -233,6 +233,8 @@ class Engine:
 
     def flush(self) -> None:
         """Let all open bursts leave: somebody waits."""
+        if not self.open:
+            return
         for outbox in dict.fromkeys(outbox for _, outbox in self.open.copy()):
             outbox.close_burst()
         if self._submitted:

@@ -230,9 +230,10 @@ class ThreadedWaits:
             now = engine.clock()
             resume_ns = max(self._left_ns + int(work.parked_ms * MS), self._attended_ns + ATTENDED_NS)
             if self._waiting:
-                self._parked = True  # whoever leaves last says so, and we look again a little later
+                # Whoever leaves last says so, and we look again a little later; not where waiters come and go.
+                self._parked = now >= resume_ns
                 if self._waiting:
-                    self._nap.sleep(RELIEF_NS if self._loops else PARKED_LOOK_NS)
+                    self._nap.sleep(self._parked_ns() if self._parked else int(work.parked_ms * MS))
                 self._parked = False
                 if self._loops and not self._closing:
                     self._stand_in(engine)
@@ -242,6 +243,9 @@ class ThreadedWaits:
                 self._relieve(engine, now)
             elif not engine.turn():
                 sleeper.sleep(engine, engine.due_ns)
+
+    def _parked_ns(self) -> int:
+        return RELIEF_NS if self._loops else PARKED_LOOK_NS
 
     def _relieve(self, engine: Engine, now: int) -> None:
         """In a process that trains.

@@ -215,7 +215,7 @@ def test_the_page_describes_the_golden_frames(path: Path) -> None:
 
 def test_the_page_names_every_kind_of_message() -> None:
     """The table of section 4 and the code agree."""
-    from fabric.core.wire import FIELDS
+    from fabric.core.fields import FIELDS
 
     page = Path(ROOT / "PROTOCOL.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:4] for line in page.splitlines() if line.startswith("| ") and line.count("|") == 4]

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from fabric.config import Start
 from fabric.core import events
+from fabric.core.fields import FIELDS, Each
 from fabric.core.wire import (
     ADDRESSED,
-    FIELDS,
-    Each,
     Kind,
     encode_burst,
     encode_control,

@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fabric.core.fields import FIELDS, Each
 from fabric.core.wire import (
     ADDRESSED,
-    FIELDS,
     Burst,
     Drop,
-    Each,
     Kind,
     decode_control,
     decode_data,
