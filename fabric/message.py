@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import msgpack
 
@@ -54,12 +54,6 @@ class Message:
         """The seed that it was published under."""
         self.sequence = sequence
         """Its number in its lane, dense from 0 in each incarnation."""
-
-    @classmethod
-    def at(cls, burst: Burst, row: int, feed: InboundFeed) -> Self:
-        """The message in a row of a burst."""
-        columns = burst.columns
-        return cls(burst, row, feed, columns[0][row], columns[1][row])
 
     if not TYPE_CHECKING:  # which would allow any attribute
 

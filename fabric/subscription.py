@@ -188,7 +188,8 @@ class SubscriptionBase:
     def _pick(self, hand: Hand, at: int) -> Message | None:
         item, row = hand.item, hand.rows[at]
         burst = item.burst
-        kind, seed = burst.columns[2][row], burst.columns[0][row]
+        seeds, sequences, kinds, _, _ = burst.columns
+        kind, seed = kinds[row], seeds[row]
         reason = Drop.LOST_AT_SOURCE if kind == TOMBSTONE else None
         if item.feed.latest and reason is None and self._newest.get((item.feed, seed), -1) > burst.first + row:
             reason = Drop.SUPERSEDED
@@ -199,7 +200,7 @@ class SubscriptionBase:
                 hand.drop(reason)
             return None
         if not self._manual:
-            return Message.at(burst, row, item.feed)
+            return Message(burst, row, item.feed, seed, sequences[row])
         self._unsettled.setdefault((item.feed, seed), deque()).append((burst.first + row, hand, at))
         return HeldMessage(burst, row, item.feed, self._settle_message)
 
@@ -311,11 +312,10 @@ class SubscriptionBase:
         if not self._user.acquire(blocking=False):
             raise WrongThreadError(owner=_name_of_thread(self._user_ident), caller=threading.current_thread().name)
         self._user_ident = threading.get_ident()
-        try:
-            self._require_open()
-        except BaseException:
+        engine = self._engine
+        if self._closed or engine.closed or engine.broken is not None:
             self._user.release()
-            raise
+            self._require_open()
         if self._running is not None:
             self._catch_up()
         if settle and self._earlier:

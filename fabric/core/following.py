@@ -75,8 +75,8 @@ class Following:
         self.feeds: dict[int, FollowedFeed] = {}
         self._dirty: dict[tuple[int, int], tuple[Peer, InboundFeed]] = {}
         self._dirty_bytes = self._acknowledge_due_ns = self._nonce = 0
-        self._joining: dict[str, list[tuple[int, int]]] = {}
-        """Feeds and nonces to send, by peer."""
+        self.joining: dict[str, list[tuple[int, int]]] = {}
+        """Feeds and nonces for `send_joins` to send, by peer."""
         self._claiming: dict[InboundFeed, FollowedFeed] = {}
         """Subscriptions to feeds whose addressed values wait for room."""
         self._restless: dict[int, FollowedFeed] = {}
@@ -119,14 +119,15 @@ class Following:
 
     def settled(self, inbound: InboundFeed, size: int) -> None:
         """A subscription settled something, and `size` bytes of its room are free again."""
-        followed = self.find(inbound)
-        if followed is None:
+        followed = self.feeds.get(inbound.feed)
+        if followed is None or inbound not in followed.inbounds:
             return
         self._dirty_bytes += size
         self.acknowledge_soon(followed, inbound)
         if self._dirty_bytes >= self._context.config.liveness.acknowledge_bytes:
             self.acknowledge()
-        self._claim_more()
+        if self._claiming:
+            self._claim_more()
         if followed.far or not followed.live:
             self._pull(followed)
         if size and self._starved:
@@ -148,7 +149,7 @@ class Following:
             followed.behind_ns = 0
         self._receive(followed, burst)
         for inbound in followed.inbounds:
-            if inbound.have:
+            if inbound.have.firsts:
                 self._pull(followed)
                 break
 
@@ -157,7 +158,7 @@ class Following:
         for number, inbound in enumerate(followed.inbounds):
             # What is fetched for a burst hangs on it, so each subscription that keeps one has its own.
             inbound.receive(burst.twin() if number and burst.has_addressed else burst)
-            if burst.flags and inbound.has_unclaimed:
+            if burst.has_addressed and inbound.has_unclaimed:
                 self._claim(followed, inbound)
             if inbound.turned_away:
                 inbound.turned_away, followed.crowded = False, True
@@ -352,7 +353,7 @@ class Following:
         """Ask for a marker; again with the same nonce, for the first answer may only stand behind much data."""
         followed.join_due_ns = self._context.now + followed.join_wait_ns
         followed.join_wait_ns = min(2 * followed.join_wait_ns, JOIN_MAX_NS)
-        self._joining.setdefault(followed.peer.name, []).append((followed.feed, followed.nonce))
+        self.joining.setdefault(followed.peer.name, []).append((followed.feed, followed.nonce))
         self._note(followed)
 
     def _join_again(self, followed: FollowedFeed) -> None:
@@ -369,17 +370,12 @@ class Following:
         now = self._context.now
         return now < heard_ns + wait_ns and now < due_ns + self._context.config.repair.retry_ms_max * MS
 
-    @property
-    def has_joins(self) -> bool:
-        """Whether `send_joins` has something to send."""
-        return bool(self._joining)
-
     def send_joins(self) -> None:
         """What one event led to join leaves together: many feeds are often named at once."""
-        for name, entries in self._joining.items():
+        for name, entries in self.joining.items():
             for begin in range(0, len(entries), JOINS_PER_FRAME):
                 self._context.send(name, Kind.JOIN, entries[begin : begin + JOINS_PER_FRAME])
-        self._joining.clear()
+        self.joining.clear()
 
     def _leave_push(self, followed: FollowedFeed) -> None:
         """Far behind: leave the live feed and only pull (S8)."""

@@ -111,10 +111,10 @@ class InboundFeed:
         # Fast path: the next burst in order, and nothing is held: all of it is deliverable.
         if (
             burst.first == self.next
-            and not self.have
+            and not self.have.firsts
             and self.seeds is None
             and not burst.has_addressed
-            and self._has_hand()
+            and self.room.hand < self.room.hand_max
         ):
             self.next = burst.end
             self.room.hand += burst.size
@@ -369,7 +369,7 @@ class InboundFeed:
         """The application is done with `first <= offset < end`, all of it taken; `size` bytes of room return."""
         room = self.room
         room.hand -= size
-        if first <= self.floor and not self.settled:
+        if first <= self.floor and not self.settled.firsts:
             self.floor = max(self.floor, end)
         else:
             self.settled.add(max(first, self.floor), end)
@@ -381,8 +381,8 @@ class InboundFeed:
 
     def advance(self) -> None:
         """Move the floor over what is settled, and over what is gone once it stands there (S6)."""
-        # Fast path: something is in hand at the floor, and nothing waits for it to move.
-        if self.floor < self.next and not self.settled and not self._ready:
+        # Fast path: something is in hand at the floor, or all that is known is settled; and nothing waits for a move.
+        if (self.floor < self.next or self.floor >= self.known) and not self._ready and not self.settled.firsts:
             return
         moved = True
         while moved:

@@ -104,8 +104,10 @@ class FabricCore:
         context = self.context
         context.now = max(context.now, now_ns)
         self._handlers[type(event)](event)
-        if self.following.has_joins:
+        if self.following.joining:
             self.following.send_joins()
+        if not context.commands:
+            return []
         commands = context.commands.copy()
         context.commands.clear()  # the same list for ever: inbound feeds hold on to its append
         return commands

@@ -9,12 +9,16 @@ __all__ = ["RangeSet"]
 
 
 class RangeSet:
-    """A set of integers held as ranges `first <= offset < end`. Adding at the upper end, the common case, is O(1)."""
+    """A set of integers held as ranges `first <= offset < end`. Adding at the upper end, the common case, is O(1).
 
-    __slots__ = ("_ends", "_firsts")
+    `firsts` is for looking only: whether it is empty says whether the set is, without a call, which the fast paths of
+    every burst ask several times.
+    """
+
+    __slots__ = ("_ends", "firsts")
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
-        self._firsts: list[int] = []
+        self.firsts: list[int] = []
         self._ends: list[int] = []
         for first, end in ranges:
             self.add(first, end)
@@ -23,7 +27,7 @@ class RangeSet:
         """Add every offset in `first <= offset < end`."""
         if first >= end:
             return
-        firsts, ends = self._firsts, self._ends
+        firsts, ends = self.firsts, self._ends
         if not ends or first > ends[-1]:
             firsts.append(first)
             ends.append(end)
@@ -35,7 +39,7 @@ class RangeSet:
 
     def remove(self, first: int, end: int) -> None:
         """Remove every offset in `first <= offset < end`."""
-        firsts, ends = self._firsts, self._ends
+        firsts, ends = self.firsts, self._ends
         low, high = bisect_right(ends, first), bisect_left(firsts, end)
         if low >= high or first >= end:
             return
@@ -46,12 +50,12 @@ class RangeSet:
 
     def trim(self, floor: int) -> None:
         """Remove every offset below `floor`."""
-        if self._firsts and self._firsts[0] < floor:
-            self.remove(self._firsts[0], floor)
+        if self.firsts and self.firsts[0] < floor:
+            self.remove(self.firsts[0], floor)
 
     def end_of(self, offset: int) -> int:
         """The end of the range that holds `offset`, or `offset` itself if none does."""
-        index = bisect_right(self._firsts, offset) - 1
+        index = bisect_right(self.firsts, offset) - 1
         return max(offset, self._ends[index]) if index >= 0 else offset
 
     def touches(self, offset: int) -> bool:
@@ -62,21 +66,21 @@ class RangeSet:
         """The ranges of `first <= offset < end` that are not in the set, lowest first."""
         index = bisect_right(self._ends, first)
         while first < end:
-            begin = self._firsts[index] if index < len(self._firsts) else end
+            begin = self.firsts[index] if index < len(self.firsts) else end
             if first < begin:
                 yield first, min(begin, end)
             first = self._ends[index] if index < len(self._ends) else end
             index += 1
 
     def __contains__(self, offset: int) -> bool:
-        index = bisect_right(self._firsts, offset) - 1
+        index = bisect_right(self.firsts, offset) - 1
         return index >= 0 and offset < self._ends[index]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(list(zip(self._firsts, self._ends, strict=True)))
+        return iter(list(zip(self.firsts, self._ends, strict=True)))
 
     def __len__(self) -> int:
-        return len(self._firsts)
+        return len(self.firsts)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RangeSet) and list(self) == list(other)
@@ -89,7 +93,7 @@ class RangeSet:
     @property
     def count(self) -> int:
         """The number of offsets in the set."""
-        return sum(self._ends) - sum(self._firsts)
+        return sum(self._ends) - sum(self.firsts)
 
     @property
     def end(self) -> int:

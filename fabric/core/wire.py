@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from itertools import accumulate, pairwise
-from operator import lt
+from itertools import accumulate, chain, pairwise
+from operator import add, le, lt
 from struct import Struct, pack, unpack_from
 from struct import error as StructError
 from typing import Any
@@ -157,6 +157,7 @@ class Burst:
         "first",
         "flags",
         "frame",
+        "has_addressed",
         "incarnation",
         "payloads",
         "published_ns",
@@ -175,6 +176,8 @@ class Burst:
             published_ns,
         )
         self.size = len(frame)
+        self.has_addressed = bool(flags & HAS_ADDRESSED)
+        """Whether any record's value lies with the publisher."""
         self._columns: tuple[Any, ...] | None = None
         self._previous: tuple[int, ...] | None = None
         self.payloads: dict[int, Any] | None = None
@@ -184,11 +187,6 @@ class Burst:
         twin = Burst(self.frame, self.feed, self.incarnation, self.first, self.count, self.flags, self.published_ns)
         twin._columns, twin._previous = self._columns, self._previous
         return twin
-
-    @property
-    def has_addressed(self) -> bool:
-        """Whether any record's value lies with the publisher."""
-        return bool(self.flags & HAS_ADDRESSED)
 
     @property
     def columns(self) -> tuple[Any, ...]:
@@ -206,15 +204,14 @@ class Burst:
         sequences = unpack_from(f"<{n}q", frame, at + 8 * n)
         lengths = frame[at + 24 * n : at + 28 * n]
         at += 28 * n
-        metadata = None
+        metadata, fits = None, True
         if self.flags & HAS_METADATA:
             metadata = unpack_from(f"<{n}I", frame, at)
+            fits = all(map(le, metadata, unpack_from(f"<{n}I", lengths)))
             at += 4 * n
         kinds = frame[at : at + n]
         starts = _starts(at + n, lengths, n)
-        if starts[-1] != len(frame) - _TRAILER.size or (
-            metadata and any(m > b - a for m, (a, b) in zip(metadata, pairwise(starts), strict=True))
-        ):
+        if not fits or starts[-1] != len(frame) - _TRAILER.size:
             raise WireFormatError("lengths do not add up", reason=Drop.SHAPE)
         return seeds, sequences, kinds, starts, metadata
 
@@ -296,9 +293,9 @@ def encode_burst(
     pieces: Iterable[bytes] = bodies
     if metadata:
         sizes = tuple(map(len, metadata))
-        lengths = [a + b for a, b in zip(sizes, map(len, bodies), strict=True)]
+        lengths = map(add, sizes, map(len, bodies))
         extra = (pack(f"<{n}I", *sizes),)
-        pieces = [piece for pair in zip(metadata, bodies, strict=True) for piece in pair]
+        pieces = chain.from_iterable(zip(metadata, bodies, strict=True))
     columns = pack(f"<{n}q{n}q{n}q{n}I", *seeds, *sequences, *previous, *lengths)
     head = _DATA.pack(feed, MAGIC, VERSION, BURST, flags, 0, incarnation, first, n, 0, published_ns)
     frame = b"".join((head, columns, *extra, packed_kinds, *pieces))

@@ -95,7 +95,7 @@ class Hand:
         item, covers = self.item, self.item.covers
         if not self._left:
             return
-        self.handled += self._left - self._count_dropped()
+        self.handled += self._left - (self._count_dropped() if self.dropped else 0)
         if covers:
             first = covers[0] if self._first is None else self._first
             self._tell(first, covers[1], item.size)

@@ -235,7 +235,7 @@ class Engine:
         """Let all open bursts leave: somebody waits."""
         if not self.open:
             return
-        for outbox in dict.fromkeys(outbox for _, outbox in self.open.copy()):
+        for _, outbox in self.open.copy():
             outbox.close_burst()
         if self._submitted:
             self.push()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -317,9 +317,10 @@ class Outbox:
         """What is not under way any more leaves for the core, in order."""
         while self._leaving:
             closed = self._leaving[0]
-            if not all(self._is_done(closed, entry) for entry in list(closed.waiting)):
-                break
-            closed.waiting.clear()  # they may still look at the buffers, which are frozen now
+            if closed.waiting:
+                if not all(self._is_done(closed, entry) for entry in list(closed.waiting)):
+                    break
+                closed.waiting.clear()  # they may still look at the buffers, which are frozen now
             self.engine.submit_later(self._encode(closed))
             self._leaving.popleft()
 
@@ -340,7 +341,7 @@ class Outbox:
             view = payloads[offset] = buffer.freeze()
             if not closed.bodies[offset - closed.first]:  # it came from a device
                 closed.bodies[offset - closed.first] = encode_descriptor(len(view), checksum_of(view))
-        metadata = [closed.metadata.get(index, b"") for index in range(len(closed.bodies))] if closed.metadata else None
+        metadata = list(map(closed.metadata.get, range(len(closed.bodies)), repeat(b""))) if closed.metadata else None
         seeds = tuple(closed.columns[0]) if self.policy is Policy.LATEST else ()
         incarnation = self.engine.card.incarnation
         frame = encode_burst(
@@ -462,8 +463,9 @@ def pack_metadata(metadata: Mapping[str, object]) -> bytes:
 
     Raises `UnsupportedValueError` for other keys and values, `PayloadTooLargeError`.
     """
-    if not all(isinstance(key, str) for key in metadata):
-        raise UnsupportedValueError("use str keys", kind="a key that is no str", where="metadata")
+    for key in metadata:
+        if not isinstance(key, str):
+            raise UnsupportedValueError("use str keys", kind="a key that is no str", where="metadata")
     try:
         packed: bytes = msgpack.packb(dict(metadata))
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
