@@ -5,30 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import msgpack
-
 from fabric.core.wire import ADDRESSED
-from fabric.errors import FabricError, SchemaError
-from fabric.payloads import BYTES, decode, decode_into, own
+from fabric.errors import FabricError
+from fabric.payloads import BYTES, decode, decode_into, own, unpack_metadata
 
 if TYPE_CHECKING:
     from fabric.core.lanes import InboundFeed
     from fabric.core.wire import Burst
 
-__all__ = ["HeldMessage", "Message", "Reply", "Request", "TriedMessage", "plain_messages", "unpack_metadata"]
-
-
-def unpack_metadata(packed: bytes) -> dict[str, Any]:
-    """The map in packed metadata. Raises `SchemaError`."""
-    if not packed:
-        return {}
-    try:
-        metadata = msgpack.unpackb(packed, raw=False, strict_map_key=True, max_ext_len=0)
-    except (ValueError, RecursionError) as error:
-        raise SchemaError(f"metadata: {error}") from error
-    if not isinstance(metadata, dict):
-        raise SchemaError("metadata is no map")
-    return metadata
+__all__ = ["HeldMessage", "Message", "Reply", "Request", "TriedMessage", "plain_messages"]
 
 
 class Message:

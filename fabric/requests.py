@@ -11,7 +11,6 @@ import msgpack
 from fabric.core import events
 from fabric.engine.dispatch import pack_value
 from fabric.engine.loop import Engine
-from fabric.engine.outbox import pack_metadata
 from fabric.engine.steps import Steps, Wait
 from fabric.errors import (
     ConfigError,
@@ -23,6 +22,7 @@ from fabric.errors import (
     shortened,
 )
 from fabric.message import Reply
+from fabric.payloads import pack_metadata
 
 __all__ = ["Question", "Requests"]
 

@@ -3,10 +3,12 @@
 `plan` a value, `write` the plan into memory, `decode` it elsewhere. `schema.py` describes the blobs and checks received
 ones, `trees.py` describes and makes those of containers, `plans.py` the others, `tensors.py` is all that knows torch,
 `decoders.py` reads blobs, `receiving.py` copies values out of them, `pool.py` keeps warm memory, `staging.py` waits for
-devices, `summing.py` copies with a checksum.
+devices, `summing.py` copies with a checksum,
+`metadata.py` packs the facts beside a value.
 """
 
 from fabric.payloads.decoders import decode
+from fabric.payloads.metadata import METADATA_BYTES_MAX, pack_metadata, unpack_metadata
 from fabric.payloads.plans import Plan, plan
 from fabric.payloads.pool import BufferPool, PooledBuffer
 from fabric.payloads.receiving import decode_into, own
@@ -20,6 +22,7 @@ __all__ = [
     "BYTES",
     "FLOAT",
     "INTEGER",
+    "METADATA_BYTES_MAX",
     "TENSOR",
     "TEXT",
     "TREE",
@@ -34,7 +37,9 @@ __all__ = [
     "decode",
     "decode_into",
     "own",
+    "pack_metadata",
     "plan",
     "register",
     "stage",
+    "unpack_metadata",
 ]
