@@ -233,7 +233,7 @@ class ThreadedWaits:
                 # Whoever leaves last says so, and we look again a little later; not where waiters come and go.
                 self._parked = now >= resume_ns
                 if self._waiting:
-                    self._nap.sleep(self._parked_ns() if self._parked else int(work.parked_ms * MS))
+                    self._nap.sleep(self._parked_ns() if self._parked else resume_ns - now)
                 self._parked = False
                 if self._loops and not self._closing:
                     self._stand_in(engine)

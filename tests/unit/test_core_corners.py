@@ -12,8 +12,8 @@ from fabric.core import events, fetching
 from fabric.core import machine as core_machine
 from fabric.core.ranges import RangeSet
 from fabric.core.wire import Drop, Kind, encode_control, member_id
-from tests.harness.pair import Link
-from tests.unit.test_exchange import answer, ask, executed
+from tests.harness.pair import MS, Link
+from tests.unit.test_exchange import executed
 from tests.unit.test_fetching import KEY, Desk
 from tests.unit.test_publishing import FEED, listening, say, told
 
@@ -26,17 +26,21 @@ def test_a_request_that_waits_for_a_later_one_is_nonsense() -> None:
 
 def test_replies_whose_deadline_passed_make_room_for_new_requests() -> None:
     link = Link("a", "b", config=replace(FabricConfig(), requests=Requests(remembered_max=2)))
-    for request in (1, 2):
-        ask(link, request, timeout_ms=50)
-    link.crank()
-    for request in (1, 2):
-        answer(link, request)
-    link.drop()  # the requester does not hear that it need not wait: its next request names 1 as awaited
-    ask(link, 3)
-    link.crank()
-    assert [execute.request for execute in executed(link)] == [1, 2], "nothing may be forgotten yet"
-    link.run(300)
-    assert [execute.request for execute in executed(link)] == [1, 2, 3]
+
+    def request(number: int) -> None:  # its peer still waits for the first one, as far as it has told
+        say(link, Kind.REQUEST, number, 1, "evaluate", 1, 50, 2, b"", b"")
+
+    def executions() -> list[int]:
+        return [execute.request for execute in link["a"].of(events.ExecuteRequest)]
+
+    for number in (1, 2):
+        request(number)
+        link.do("a", events.ReplyIssued("b", 1, number, False, 2, b""))
+    request(3)
+    assert (executions(), link["a"].counts[Drop.NO_ROOM]) == ([1, 2], 1), "nothing may be forgotten yet"
+    link.now += 60 * MS
+    request(3)
+    assert executions() == [1, 2, 3]
 
 
 def test_a_value_in_crumbs_is_taken_as_far_as_there_is_room_to_note_them(monkeypatch: pytest.MonkeyPatch) -> None:
