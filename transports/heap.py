@@ -19,7 +19,8 @@ def keep_freed_memory() -> None:
     top of a heap is larger than twice the largest mapped block that was ever freed, and then each frame is made of
     fresh pages: 1,300 faults for a tensor of 16 MiB, 6.5 ms of the receiver's processors instead of 4.5
     (perf/bench_tensors.py, tcp). A program that has freed one large array has taught its allocator already; this
-    teaches it at once. Elsewhere than on glibc it has no effect.
+    teaches it at once. It holds for the whole process: up to 62 MiB of freed memory may stay at the top of each heap.
+    Elsewhere than on glibc it has no effect.
     """
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p

@@ -21,9 +21,10 @@ from fabric.core.events import Card
 from fabric.core.machine import FabricCore
 from fabric.core.wire import Drop, feed_prefix
 from fabric.engine.assembling import Assemblies
+from fabric.engine.budget import Budget
 from fabric.engine.devices import Devices
 from fabric.engine.inbox import Inbox
-from fabric.engine.outbox import Budget, Outbox
+from fabric.engine.outbox import Outbox
 from fabric.errors import BrokenError, ClosedError, WrongProcessError
 from fabric.payloads import BufferPool
 from transports import Endpoints, Link, PeerUnreachableError, SendBlockedError, Transport, TransportError
@@ -233,10 +234,9 @@ class Engine:
 
     def flush(self) -> None:
         """Let all open bursts leave: somebody waits."""
-        if not self.open:
-            return
-        for _, outbox in self.open.copy():
-            outbox.close_burst()
+        if self.open:
+            for _, outbox in self.open.copy():
+                outbox.close_burst()
         if self._submitted:
             self.push()
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fabric.config import BURST_BYTES_MAX, Policy, WhenFull
 from fabric.core.events import BurstClosed, RoomNeeded
 from fabric.core.wire import ADDRESSED, NONE, RECORD_BYTES, TOMBSTONE, checksum_of, encode_burst, encode_descriptor
+from fabric.engine.budget import Budget
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import BrokenError, ClosedError, QueueFullError
 from fabric.payloads import BYTES, Pending, Plan, PooledBuffer, StagingError, pack_metadata, plan
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from fabric.core.feeds import OutFeed
     from fabric.engine.loop import Engine
 
-__all__ = ["ROW", "Budget", "Outbox"]
+__all__ = ["ROW", "Outbox"]
 
 QUIET_BURST_BYTES = 4 * 1024
 QUIET_ROOM = QUIET_BURST_BYTES + 4 * 1024
@@ -46,33 +47,6 @@ T = TypeVar("T")
 ROW = 5
 """Entries of one record in `Outbox.rows`."""
 US = 1_000
-
-
-class Budget:
-    """The owed bytes of a member: what the core retains, and what open bursts have reserved."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._retention = engine.core.publishing.retention
-        self._lock = threading.Lock()
-        self.reserved = 0
-
-    @property
-    def used(self) -> int:
-        """Owed and reserved, in bytes."""
-        return self._retention.owed_bytes + self.reserved
-
-    def take(self, size: int) -> bool:
-        """Reserve; False if there is no room. One burst always fits into an empty retention."""
-        with self._lock:
-            if self.used + size > self._retention.owed_bytes_max and self.used:
-                return False
-            self.reserved += size
-            return True
-
-    def give(self, size: int) -> None:
-        """The core retains it now, or it was not used."""
-        with self._lock:
-            self.reserved -= size
 
 
 class _Closed:
@@ -154,22 +128,23 @@ class Outbox:
             try:
                 turn.pop()
             except IndexError:
-                return self._publish(value, seed, metadata)  # another thread is at it: wait for it
+                pass  # another thread is at it: wait for it
             except BaseException:  # a signal's handler raised once it was taken
                 turn.append(None)
                 raise
-            try:
-                size = self.size + len(value) + RECORD_BYTES
-                lane = self._lanes.get(seed)
-                if size <= self._burst_max and lane is not None:
-                    sequence, previous = lane
-                    lane[1] = offset = self.next
-                    lane[0] = sequence + 1
-                    self.size, self.next = size, offset + 1
-                    self._add((seed, sequence, previous, BYTES, value))  # last: a handler may raise after any call
-                    return sequence
-            finally:
-                turn.append(None)
+            else:
+                try:
+                    size = self.size + len(value) + RECORD_BYTES
+                    lane = self._lanes.get(seed)
+                    if size <= self._burst_max and lane is not None:
+                        sequence, previous = lane
+                        lane[1] = offset = self.next
+                        lane[0] = sequence + 1
+                        self.size, self.next = size, offset + 1
+                        self._add((seed, sequence, previous, BYTES, value))  # last: a handler may raise after any call
+                        return sequence
+                finally:
+                    turn.append(None)
         return self._publish(value, seed, metadata)
 
     def _publish(self, value: object, seed: int, metadata: Mapping[str, object] | None) -> int:
@@ -217,30 +192,31 @@ class Outbox:
             sequences.append(sequence)
 
     def _publish_small(self, kind: int, body: bytes, seed: int, packed: bytes) -> int:
-        while (sequence := self._alone(self._take_small, kind, body, seed, packed)) is None:
+        while (taken := self._alone(self._take_small, kind, body, seed, packed)) is None:
             self._wait_for_room(self._room_for(len(body) + len(packed) + RECORD_BYTES))
-        if self.due_ns and len(self.rows) == ROW:
-            self.engine.note_open(self)
-        left, self._filled = self._filled, 0
-        if left:  # who fills a burst sends it
+        sequence, filled = taken
+        if filled:  # who fills a burst sends it
             self.engine.push()
-            self._pace(left)
+            self._pace(filled)
         return sequence
 
-    def _take_small(self, kind: int, body: bytes, seed: int, packed: bytes) -> int | None:
-        """Into the open burst, or a new one; None if there is no room for one."""
+    def _take_small(self, kind: int, body: bytes, seed: int, packed: bytes) -> tuple[int, int] | None:
+        """Into the open burst or a new one: its sequence, and the bytes of bursts that it filled; None without room."""
         self._require_open()
         size = len(body) + len(packed) + RECORD_BYTES
         if self.rows and self.size + size > self._burst_max:
             self._filled += self.size
             self._close()
-        if not self.rows and not self._open(self._room_for(size)):
-            return None
+        if not self.rows:
+            if not self._open(self._room_for(size)):
+                return None
+            self.engine.note_open(self)
         sequence = self._append(seed, kind, body, packed, size)
         if self.size + size > self._burst_max:
             self._filled += self.size
             self._close()
-        return sequence
+        filled, self._filled = self._filled, 0
+        return sequence, filled
 
     def _room_for(self, size: int) -> int:
         return ROOM if self._is_busy or size > QUIET_BURST_BYTES else QUIET_ROOM
@@ -306,24 +282,23 @@ class Outbox:
 
     def _alone(self, work: Callable[..., T], *arguments: Any) -> T:  # noqa: ANN401 - the work's own
         """Do some work while nobody else touches the open burst."""
+        turn = self._turn
         with self.lock:
-            self._wait_for_turn()
-            try:
-                return work(*arguments)
-            finally:
-                self._turn.append(None)
-
-    def _wait_for_turn(self) -> None:
-        """With the lock held only a fast path can be before us: a few instructions of a thread that may not run now."""
-        while True:
-            try:
-                self._turn.pop()
-                return
-            except IndexError:
-                time.sleep(0)
-            except BaseException:  # as in `publish`
-                self._turn.append(None)
-                raise
+            while True:
+                try:
+                    turn.pop()
+                except IndexError:
+                    time.sleep(
+                        0
+                    )  # only a fast path can be before us: a few instructions of a thread that is not running
+                except BaseException:  # as in `publish`
+                    turn.append(None)
+                    raise
+                else:
+                    try:
+                        return work(*arguments)
+                    finally:
+                        turn.append(None)
 
     def _require_open(self) -> None:
         engine = self.engine
@@ -335,6 +310,9 @@ class Outbox:
 
     def _open(self, room: int) -> bool:
         """Reserve room and begin a burst; False if there is none."""
+        if self.due_ns:  # a signal's handler raised before its first row
+            self.budget.give(self.room)
+            self.due_ns = 0
         if not self.budget.take(room):
             return False
         self.first, self.room, self.size = self.next, room, 0
@@ -401,9 +379,23 @@ class Outbox:
 
         Called by the driver.
         """
-        if self.lock.locked():
+        if not self.lock.acquire(blocking=False):
             return now + 100 * US
-        return self._alone(self._close_due, now)
+        turn = self._turn
+        try:
+            try:
+                turn.pop()  # nor is this waited for: it may be held further up this very stack
+            except IndexError:
+                return now + 100 * US
+            except BaseException:
+                turn.append(None)
+                raise
+            try:
+                return self._close_due(now)
+            finally:
+                turn.append(None)
+        finally:
+            self.lock.release()
 
     def _close_due(self, now: int) -> int:
         if self.rows and now >= self.due_ns:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from fabric.engine.loop import Engine
-from transports import Transport
+from transports import Transport, TransportClosedError
 
 __all__ = ["Sleeper", "ThreadedWaits"]
 
@@ -33,10 +33,12 @@ class Sleeper:
     """One thread's place to sleep."""
 
     def __init__(self, transport: Transport) -> None:
+        descriptors = (
+            transport.descriptors()
+        )  # first: it raises `TransportClosedError`, and then there is nothing to undo
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
-        self._epoll.register(self._event, select.EPOLLIN)
-        for descriptor in transport.descriptors():
+        for descriptor in (self._event, *descriptors):
             self._epoll.register(descriptor, select.EPOLLIN)
         self.is_over: Callable[[], bool] = lambda: False
         self.until_ns = 0
@@ -125,7 +127,10 @@ class ThreadedWaits:
         """
         while patient and self.training and not is_over() and engine.clock() < deadline_ns:
             self._sit_out(engine, is_over, deadline_ns)
-        sleeper = self._enter(engine, is_over)
+        try:
+            sleeper = self._enter(engine, is_over)
+        except TransportClosedError:
+            return  # another thread closed the fabric just now: the engine says so
         try:
             while not is_over() and engine.clock() < deadline_ns:
                 if patient and self.training:
@@ -150,7 +155,11 @@ class ThreadedWaits:
 
     def _enter(self, engine: Engine, is_over: Callable[[], bool]) -> Sleeper:
         with self._lock:
-            sleeper = self._idle.pop() if self._idle else Sleeper(engine.transport)
+            sleeper = self._idle.pop() if self._idle else None
+        if sleeper is None:
+            with engine.lock:  # under which the transport closes: its descriptors are nobody else's by now
+                sleeper = Sleeper(engine.transport)
+        with self._lock:
             sleeper.is_over = is_over
             self._waiting.append(sleeper)
         return sleeper
@@ -233,7 +242,7 @@ class ThreadedWaits:
                 # Whoever leaves last says so, and we look again a little later; not where waiters come and go.
                 self._parked = now >= resume_ns
                 if self._waiting:
-                    self._nap.sleep(self._parked_ns() if self._parked else resume_ns - now)
+                    self._nap.sleep(self._parked_ns() if self._parked or self._loops else resume_ns - now)
                 self._parked = False
                 if self._loops and not self._closing:
                     self._stand_in(engine)

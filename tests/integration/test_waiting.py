@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 import time
@@ -190,3 +191,20 @@ def test_a_handler_that_sleeps_5_s_stops_no_heartbeat(tmp_path: Path, handlers: 
         assert fabric.request("how_many", to=1, timeout_s=20).value == 1, "others are served afterwards"
         sleeper.tell()
         assert sleeper.exit_code() == 0
+
+
+def test_who_begins_to_wait_while_another_closes_is_told_that_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fabric = join(rank=0, world_size=1)
+    inbox, engine = fabric.subscribe("t"), fabric._engine
+    waits = engine.waits.until
+
+    def closed_in_between(*arguments: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        fabric.close()
+        waits(*arguments, **options)
+
+    monkeypatch.setattr(engine.waits, "until", closed_in_between)
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ClosedError):
+        inbox.receive(timeout_s=5)
+    assert len(os.listdir("/proc/self/fd")) <= open_before
