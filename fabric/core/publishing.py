@@ -258,6 +258,9 @@ class Publishing:
                 self._mark(out, [])
                 marked += 1
             next_ns = min(next_ns, self._marker_due_ns(out))
+        if marked:  # a full pipe takes the first of many: it is another one each time
+            first = next(iter(self._pending))
+            self._pending[first] = self._pending.pop(first)
         self._tick_due_ns = max(next_ns, now + TICK_NS_MIN + marked * MARKER_REST_NS)
         for peer in list(self._members.by_name.values()):
             if not peer.is_gone and peer.state != "known":

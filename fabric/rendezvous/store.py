@@ -28,6 +28,7 @@ __all__ = ["StoreBoard"]
 _ANSWER_S = 0.5  # at least, so that ranks missing at the deadline are still named
 _LINGER_S = 5.0
 _LINGER_PAUSE_S = 0.01
+_PORT_PAUSES_S = (0.05, 0.1, 0.2, 0.4)
 
 _T = TypeVar("_T")
 _Call = tuple[Callable[[], object], "queue.SimpleQueue[tuple[object, RuntimeError | None]]"]
@@ -114,7 +115,7 @@ class StoreBoard:
         )
         self._caller = _Caller()
         try:
-            self._store = PrefixStore(prefix, self._call(connect))
+            self._store = PrefixStore(prefix, self._host(connect) if self._hosts else self._call(connect))
         except (RuntimeError, TimeoutError) as error:
             self._let_go()
             if self._hosts:
@@ -176,6 +177,17 @@ class StoreBoard:
             self._call(functools.partial(self._reached().set, key, text))
         except RuntimeError as error:
             raise self._lost() from error
+
+    def _host(self, connect: Callable[[], _T]) -> _T:
+        """Host the store; one of an earlier life of ours may take a moment to give its port back."""
+        for pause_s in _PORT_PAUSES_S:
+            try:
+                return self._call(connect)
+            except RuntimeError as error:
+                if "EADDRINUSE" not in str(error):
+                    raise
+                time.sleep(pause_s)
+        return self._call(connect)
 
     def _call(self, function: Callable[[], _T]) -> _T:
         assert self._caller is not None

@@ -347,3 +347,23 @@ def test_time_without_anybody_costs_nothing() -> None:
     link.pass_time(5_000)
     assert link.wire == []
     assert link["a"].core.next_deadline_ns() > link.now - MS
+
+
+def test_each_of_many_feeds_is_marked_first_now_and_then() -> None:
+    link = Link("a", "b")
+    topics = ["t0", "t1", "t2"]
+    link["b"].settles = False
+    link.subscribe("b", "**")
+    link.crank()
+    for topic in topics:
+        link.publish("a", topic)
+    link.crank()
+    first: list[int] = []
+    for _ in range(60):
+        link.now += 50 * MS
+        marked = [decode_data(c.frame)[0].feed for c in link.do("a", events.TimePassed()) if hasattr(c, "marker")]
+        first += marked[:1]
+        link.crank()
+    feeds = {link["a"].core.publishing.feeds[topic].feed for topic in topics}
+    assert set(first) == feeds
+    assert all(len(set(first[at : at + 3])) == 3 for at in range(len(first) - 2)), "in turn"

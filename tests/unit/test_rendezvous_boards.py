@@ -356,6 +356,23 @@ def test_a_port_of_another_service_is_named(
 
 
 @pytest.mark.torch
+def test_a_port_that_an_earlier_life_is_about_to_give_back_is_waited_for() -> None:
+    pytest.importorskip("torch.distributed", reason="the store is torch's")
+    earlier = socket.create_server(("localhost", 0))
+    port = earlier.getsockname()[1]
+    address = StoreAddress("localhost", port, agent_hosts=False, run_id="r")
+    board = StoreBoard(Identity(0, 1, "training"), address)
+    gone = threading.Timer(0.1, earlier.close)
+    gone.start()
+    board.open(LONG_S)
+    gone.join()
+    entry = Entry(a_card(0))
+    board.post(entry)
+    assert set(board.read(range(1))[0]) == {0}
+    board.close(entry)
+
+
+@pytest.mark.torch
 def test_a_store_that_is_lost_while_ranks_meet_is_named() -> None:
     distributed = pytest.importorskip("torch.distributed", reason="the store is torch's")
     store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
