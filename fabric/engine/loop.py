@@ -375,6 +375,7 @@ class Engine:
         self._own_prefixes.discard(prefix)
 
     def _connect(self, command: events.ConnectPeer) -> None:
+        self._forget_bulk(command.key)  # what an earlier life asked for would stand before what this one needs
         try:
             self.transport.connect(command.key, Endpoints(*command.card.endpoints))
             self.on_connect(command.card)
@@ -383,9 +384,12 @@ class Engine:
             log.warning("cannot connect to %s: %s", command.key, error)
 
     def _disconnect(self, command: events.DisconnectPeer) -> None:
-        self._bulk.pop(command.key, None)
-        self._bulk_bytes.pop(command.key, None)
+        self._forget_bulk(command.key)
         self.transport.disconnect(command.key)
+
+    def _forget_bulk(self, key: str) -> None:
+        self._bulk.pop(key, None)
+        self._bulk_bytes.pop(key, None)
 
     def _report_peer(self, command: events.ReportPeer) -> None:
         log.info("peer %s: %s %s", command.name, command.state, command.detail)
