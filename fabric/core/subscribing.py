@@ -262,10 +262,12 @@ class Subscribing:
         """The publisher forgot us: say who we are and where we stand, with the next tick (P6)."""
         self._leaving.pop((peer.name, number), None)
         subscription = self.subscriptions.get(number)
-        if subscription is not None and peer.name not in subscription.asked:
-            # From offset 0: what it opened since it forgot us is missed as much as the rest.
-            subscription.asked[peer.name] = (self._context.now + REGISTER_FIRST_NS, REGISTER_FIRST_NS, True)
-            self._context.wake_by(self._context.now + REGISTER_FIRST_NS)
+        if subscription is not None:
+            # From offset 0: what it opened since it forgot us is missed as much as the rest. Also if we ask already.
+            soon = self._context.now + REGISTER_FIRST_NS, REGISTER_FIRST_NS, False
+            due_ns, wait_ns, _ = subscription.asked.get(peer.name, soon)
+            subscription.asked[peer.name] = due_ns, wait_ns, True
+            self._context.wake_by(due_ns)
 
     def on_heartbeat(self, peer: Peer, feeds: list[tuple[int, int]]) -> None:
         """Feeds that we have not acknowledged to their end; one that we do not know means that its naming was lost."""

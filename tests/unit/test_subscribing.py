@@ -20,7 +20,7 @@ from fabric.core.wire import (
     feed_id,
     member_id,
 )
-from tests.harness.pair import Link, inbound_of
+from tests.harness.pair import MS, Link, inbound_of
 from tests.unit.test_publishing import FEED, listening, out_of, say, told
 
 
@@ -425,3 +425,17 @@ def test_who_listens_again_asks_under_a_fresh_nonce() -> None:
     assert followed.nonce != before
     link.do("b", events.DataReceived(encode_marker(FEED, 1, 1, 0, [before])))
     assert not followed.live, "a marker from before it left may have waited in the socket"
+
+
+def test_who_is_forgotten_while_he_asks_for_a_lost_name_asks_from_the_start() -> None:
+    link = listening()
+    link.publish("a", "t")
+    link.run(100)
+    link.drop()
+    hear(link, Kind.HEARTBEAT, [(99, 5)], 1)  # a feed whose name was lost: the subscription asks for it
+    link.now += 10 * MS
+    asked = told(link.do("b", events.TimePassed()), Kind.REGISTER)
+    hear(link, Kind.UNKNOWN, 1)
+    link.now += 2000 * MS
+    asked += told(link.do("b", events.TimePassed()), Kind.REGISTER)
+    assert [fields[4] for fields in asked] == [False, True]
