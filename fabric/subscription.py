@@ -364,7 +364,10 @@ class Subscription(SubscriptionBase):
         return self._take_more([self.receive(timeout_s=timeout_s)], n)
 
     def __iter__(self) -> Iterator[Message]:
-        """All messages, until every feed is over. Raises `ReceiveTimeoutError` after `idle_timeout_s` without any."""
+        """All messages, until every feed is over; while none has begun, it waits for one.
+
+        Raises `ReceiveTimeoutError` after `idle_timeout_s` without any.
+        """
         self._require_open()
         return self._messages(lambda: self._wait(self._idle_timeout_s, ending=True))
 

@@ -57,7 +57,10 @@ class Subscription(SubscriptionBase):
         return self._take_more([await self.receive(timeout_s=timeout_s)], n)
 
     def __aiter__(self) -> AsyncIterator[Message]:
-        """All messages, until every feed is over. Raises `ReceiveTimeoutError` after `idle_timeout_s` without any."""
+        """All messages, until every feed is over; while none has begun, it waits for one.
+
+        Raises `ReceiveTimeoutError` after `idle_timeout_s` without any.
+        """
         self._require_open()
         return self._iterate()
 

@@ -18,6 +18,7 @@ from fabric.config import Liveness
 from fabric.errors import WrongProcessError
 from fabric.rendezvous import find
 from tests.harness.children import Parent, child, children
+from tests.harness.waiting import until
 
 pytestmark = [pytest.mark.multiprocess]
 
@@ -210,6 +211,7 @@ def test_a_worker_that_outlives_its_killed_parent_does_not_keep_it_alive_for_its
         entered = join(watchful, rank=0, world_size=2, rendezvous=spec, job=JOB)
         with entered as fabric, fabric.subscribe("words.**") as inbox:
             worker = forking.hear()["worker"]
+            until(lambda: inbox.joined, what="rank 0 knows the feed that is to end")
             forking.signal(9)
             forking.exit_code()
             os.kill(worker, 0)  # it is there
