@@ -249,7 +249,9 @@ class Members:
             self._change(peer, "down")
         elif silence > liveness.suspect_s * S and peer.state in ("joined", "up"):
             self._change(peer, "suspect")
-        if peer.state in ("suspect", "down") and peer.card.host == self._context.card.host and now - peer.probed_ns > S:
+        # One that is known and never greeted us may have died, too, and its feeds may have been named to us before.
+        silent = silence > liveness.suspect_s * S or peer.state in ("suspect", "down")
+        if silent and peer.card.host == self._context.card.host and now - peer.probed_ns > S:
             peer.probed_ns = now
             self._context.emit(ProbePeer(peer.card))
 

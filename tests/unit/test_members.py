@@ -146,6 +146,19 @@ def test_silence_makes_a_peer_suspect_then_down_and_a_word_brings_it_back() -> N
     assert desk.told() == [ReportPeer("a", "up")]
 
 
+def test_one_that_never_greeted_us_is_probed_too_and_is_nobody_to_wait_for() -> None:
+    desk = Desk()
+    peer = desk.meet(host="host-of-b")
+    desk.told()
+    probed = []
+    for second in range(8):
+        desk.context.now = second * S
+        desk.members.tick()
+        probed += [second for command in desk.told() if isinstance(command, ProbePeer)]
+    assert probed == [5, 7]
+    assert (peer.state, peer.is_there) == ("known", False)
+
+
 def test_only_a_process_of_this_host_is_probed() -> None:
     desk = Desk()
     desk.members.greeted(desk.meet(), 5)
