@@ -166,7 +166,10 @@ class Following:
 
     def _claim(self, followed: FollowedFeed, inbound: InboundFeed) -> None:
         for offset, size, checksum in inbound.claim():
-            self._fetching.begin((followed.feed, offset), followed.peer.name, size, checksum)
+            if followed.peer.is_gone:  # its goodbye overtook this record: nobody is left to ask for the value
+                inbound.payload_lost(offset, Drop.GAP)
+            else:
+                self._fetching.begin((followed.feed, offset), followed.peer.name, size, checksum)
         if inbound.has_unclaimed:
             self._claiming[inbound] = followed
         else:

@@ -139,7 +139,7 @@ class Checker:
                 ):
                     continue
                 yield "I1", f"{where}: {offset} was lost without a word"
-        if at_rest and not inbound.settled and inbound.next == inbound.floor:
+        if at_rest and not (inbound.settled or inbound.taken) and inbound.next == inbound.floor:
             yield from _balanced(where, reading, inbound)
 
     def _owed_until(self, reading: Reading, feed: FeedBook, inbound: InboundFeed, at_rest: bool) -> int:
@@ -194,7 +194,11 @@ class Checker:
             if self._newest(life.name).engine is not None or inbound.floor < len(feed.records):
                 yield f"{who} waits for the end of {reading.feed}: {inbound}"
             return
-        if self._newest(life.name) is not life or inbound.best_effort:
+        if self._newest(life.name) is not life:
+            return
+        if inbound.best_effort:  # nothing has to come, but what came has to be handled
+            if inbound.held or inbound.taken or inbound.floor < inbound.next:
+                yield f"{who} still has some of {inbound}"
             return
         if inbound.floor < len(feed.records):
             yield f"{who} is at {inbound} of {len(feed.records)}"

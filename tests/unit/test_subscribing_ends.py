@@ -53,6 +53,24 @@ def test_a_death_leaves_an_open_gap() -> None:
     assert link["b"].core.subscribing.unconfirmed(1) == []
 
 
+def test_an_addressed_record_that_a_goodbye_overtook_is_a_gap() -> None:
+    link = listening()
+    link["b"].settles = False
+    link.publish("a", "t")
+    link.crank()
+    link.publish("a", "t", [0], payloads={0: bytes(5_000)})
+    late = link.waiting(None)[0]
+    link.drop_kind(None)
+    link.do("a", events.IntakeStopped(say_bye=True))
+    link.crank()
+    link.do("b", late.event)
+    link.crank()
+    link.settle("b")
+    assert [(gap.first, gap.end) for gap in link["b"].of(events.ReportGap)] == [(1, 2)]
+    assert link["b"].of(events.EndFeed) == [events.EndFeed(1, "a", "t")]
+    assert link["b"].core.fetching.next_deadline_ns() is None, "nobody is asked for it"
+
+
 def test_best_effort_has_no_open_gap() -> None:
     link = listening(delivery=Delivery.BEST_EFFORT)
     link.publish("a", "t")
