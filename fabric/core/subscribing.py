@@ -279,7 +279,7 @@ class Subscribing:
         for subscription in self.subscriptions.values():
             waiting = any(later[0][0] == feed for later in subscription.later.values())
             if peer.name not in subscription.asked and not waiting:
-                subscription.asked[peer.name] = (self._context.now, REGISTER_FIRST_NS, False)
+                subscription.asked[peer.name] = (self._context.now, REGISTER_FIRST_NS, True)
                 self._context.wake_by(self._context.now)
 
     # Ends.
