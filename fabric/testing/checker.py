@@ -194,8 +194,15 @@ class Checker:
             if self._newest(life.name).engine is not None or inbound.floor < len(feed.records):
                 yield f"{who} waits for the end of {reading.feed}: {inbound}"
             return
-        if self._newest(life.name) is not life:
-            return
+        if self._newest(life.name) is life:
+            yield from self._behind_the_living(who, book, reading, feed, life)
+
+    @staticmethod
+    def _behind_the_living(
+        who: str, book: SubscriptionBook, reading: Reading, feed: FeedBook, life: Life
+    ) -> Iterator[str]:
+        inbound = reading.inbound
+        assert inbound is not None and life.engine is not None
         if inbound.best_effort:  # nothing has to come, but what came has to be handled
             if inbound.held or inbound.taken or inbound.floor < inbound.next:
                 yield f"{who} still has some of {inbound}"
