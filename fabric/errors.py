@@ -219,7 +219,7 @@ class SpillLockedError(SpillError):
 class DamagedRecordError(SpillError):
     """A record on disk is not what was written.
 
-    Fields: `segment`, `position` and `size` of the bad range in bytes, `feed` and `first` of what was looked for.
+    Fields: `segment`, `position` and `size` of the bad range in bytes; `feed`, `first` and `end` of the burst.
     """
 
     template = "record {first} of feed {feed} is damaged (segment {segment}, {size} bytes at {position}): {detail}"

@@ -16,7 +16,7 @@ missing there is found missing, and what a failed write left behind it does not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from struct import Struct
@@ -42,6 +42,7 @@ __all__ = [
     "decode_head",
     "encode_group",
     "encode_head",
+    "most_bytes",
     "read_entry",
     "scan",
 ]
@@ -117,7 +118,11 @@ class Entry(NamedTuple):
 
 
 class MalformedEntryError(ValueError):
-    """The bytes are not the entry that was asked for; the message is one of `Reason`."""
+    """The bytes are not the entry that was asked for; its arguments are the `Reason` and the size of the bad range."""
+
+    def __init__(self, reason: Reason, size: int = ENTRY_BYTES) -> None:
+        self.reason, self.size = reason, size
+        super().__init__(reason, size)
 
 
 # The head of a segment.
@@ -231,6 +236,18 @@ def encode_group(entries: Iterable[Entry], seed: int, position: int) -> tuple[li
     return parts, positions, position
 
 
+def most_bytes(entries: Sequence[Entry]) -> int:
+    """What these entries take at most; found without summing them."""
+    frames = sum([len(entry.frame) for entry in entries])
+    sizes = [
+        memoryview(data).nbytes + _PAYLOAD.size
+        for entry in entries
+        if entry.payloads
+        for data in entry.payloads.values()
+    ]
+    return frames + sum(sizes) + len(entries) * (ENTRY_BYTES + 7)
+
+
 def _body(frame: Bytes, payloads: Mapping[int, Bytes]) -> list[Bytes]:
     views = {offset: memoryview(payload).cast("B") for offset, payload in payloads.items()}
     table = b"".join(_PAYLOAD.pack(offset, len(view)) for offset, view in views.items())
@@ -266,7 +283,7 @@ def decode_body(header: Header, body: bytes) -> Entry:
     begin = _PAYLOAD.size * header.payloads
     end = begin + header.frame
     if end > len(body):
-        raise MalformedEntryError(Reason.BODY)
+        raise MalformedEntryError(Reason.BODY, header.size)
     frame = body if end == len(body) and not begin else body[begin:end]
     payloads: dict[int, Bytes] = {}
     view = memoryview(body)
@@ -274,7 +291,7 @@ def decode_body(header: Header, body: bytes) -> Entry:
         payloads[offset] = view[end : end + size]
         end += size
     if end != len(body):
-        raise MalformedEntryError(Reason.BODY)
+        raise MalformedEntryError(Reason.BODY, header.size)
     return Entry(header.kind, header.feed, header.incarnation, header.first, header.records, frame, payloads)
 
 
@@ -288,10 +305,10 @@ def read_entry(read: Read, seed: int, position: int, limit: int) -> tuple[Header
     if header is None:
         raise MalformedEntryError(Reason.HEADER)
     if position + header.size > limit:
-        raise MalformedEntryError(Reason.CUT)
+        raise MalformedEntryError(Reason.CUT, limit - position)
     body = read(position + ENTRY_BYTES, header.body)
     if len(body) != header.body or checksum_of(body, seed) != header.total:
-        raise MalformedEntryError(Reason.BODY)
+        raise MalformedEntryError(Reason.BODY, header.size)
     return header, decode_body(header, body)
 
 

@@ -32,10 +32,9 @@ from fabric.errors import (
     SpillError,
     SpillFullError,
 )
-from fabric.storage.disk import OS_DISK, Bytes, Directory, Disk, DiskFile
+from fabric.storage.disk import OS_DISK, Directory, Disk, DiskFile
 from fabric.storage.index import Contents, Place
 from fabric.storage.records import (
-    ENTRY_BYTES,
     HEAD_BYTES,
     Entry,
     Header,
@@ -43,6 +42,7 @@ from fabric.storage.records import (
     MalformedEntryError,
     Reason,
     encode_group,
+    most_bytes,
     read_entry,
 )
 from fabric.storage.recovering import Damage, Span, recover
@@ -218,16 +218,16 @@ class SpillLog:
 
     def _damaged(self, feed: int, place: Place, error: Exception) -> DamagedRecordError:
         """Note it once, and name it."""
-        reason = error.args[0] if isinstance(error, MalformedEntryError) else Reason.UNREADABLE
-        lost = Span(feed, place.first, place.end)
-        damage = Damage(segment=place.segment, position=place.position, size=ENTRY_BYTES, reason=reason, lost=lost)
+        known = error if isinstance(error, MalformedEntryError) else MalformedEntryError(Reason.UNREADABLE)
+        lost, segment, position = Span(feed, place.first, place.end), place.segment, place.position
+        damage = Damage(segment=segment, position=position, size=known.size, reason=known.reason, lost=lost)
         if damage not in self._damage:
             self._damage.append(damage)
         return DamagedRecordError(
-            str(reason),
-            segment=place.segment,
-            position=place.position,
-            size=ENTRY_BYTES,
+            str(known.reason),
+            segment=segment,
+            position=position,
+            size=known.size,
             feed=feed,
             first=place.first,
             end=place.end,
@@ -272,7 +272,8 @@ class SpillLog:
         return SpillBrokenError(str(error), directory=self._path)
 
     def _write_once(self, entries: Sequence[Entry]) -> None:
-        segment, group, (parts, positions, end) = self._placed(entries)
+        segment, group = self._placed(entries)
+        parts, positions, end = encode_group(group, segment.seed, segment.used)
         try:
             assert segment.file is not None
             write_all(segment.file, parts, segment.used)
@@ -283,23 +284,21 @@ class SpillLog:
         self._dirty[segment.number] = segment
         self._contents.note_all(segment, group, positions)
 
-    def _placed(self, entries: Sequence[Entry]) -> tuple[Segment, Sequence[Entry], tuple[list[Bytes], list[int], int]]:
-        """Where this group goes, with the names that it needs there, and its bytes."""
+    def _placed(self, entries: Sequence[Entry]) -> tuple[Segment, Sequence[Entry]]:
+        """Where this group goes, and the group with the names that it needs there."""
         segment = self._active
         if segment is not None:
             group = self._named(entries, segment.named)
-            encoded = encode_group(group, segment.seed, segment.used)
-            fits = encoded[-1] <= segment.allocated
+            fits = segment.used + most_bytes(group) <= segment.allocated
             if fits and not self._is_old(segment):
-                return segment, group, encoded
+                return segment, group
         try:
             begun = self._rotate(entries)
         except (OSError, SpillFullError):
             if segment is None or not fits:
                 raise
-            return segment, group, encoded  # old, and the only one that there is room for
-        group = self._named(entries, begun.named)
-        return begun, group, encode_group(group, begun.seed, begun.used)
+            return segment, group  # old, and the only one that there is room for
+        return begun, self._named(entries, begun.named)
 
     def _is_old(self, segment: Segment) -> bool:
         return self._clock() - segment.created_ns >= self._limits.segment_age_s * 1e9
@@ -318,7 +317,7 @@ class SpillLog:
 
     def _rotate(self, entries: Sequence[Entry]) -> Segment:
         group = self._named(entries, set())
-        segment = self._shelf.begin(encode_group(group, 0, HEAD_BYTES)[-1], first=not self._begun)
+        segment = self._shelf.begin(HEAD_BYTES + most_bytes(group), first=not self._begun)
         self._begun = True
         if self._active is not None:
             self._shelf.seal(self._active)
@@ -357,7 +356,8 @@ class SpillLog:
             failure = self._sync_dirty()
         if self._adrift:
             self._adrift = self._keep
-            raise SpillBrokenError(f"a sync failed: {failure}", directory=self._path) from failure
+            why = failure or "a segment went bad before it was synced"
+            raise SpillBrokenError(str(why), directory=self._path) from failure
         self._unsynced.clear()
 
     def _sync_dirty(self) -> OSError | None:
@@ -411,7 +411,13 @@ class SpillLog:
         lost: list[Span] = []
         segment = self._shelf.oldest()
         while segment is not None and segment.created_ns + age_ns <= now_ns:
-            self._delete(segment)
+            try:
+                self._delete(segment)
+            except SpillBrokenError:
+                if segment in self._shelf and not lost:
+                    raise
+                if segment in self._shelf:
+                    break  # what is lost already must be told; the next call says that it cannot go on
             if segment is self._active:
                 self._active = None
             lost += self._contents.forget(segment)
