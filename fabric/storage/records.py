@@ -239,12 +239,8 @@ def encode_group(entries: Iterable[Entry], seed: int, position: int) -> tuple[li
 def most_bytes(entries: Sequence[Entry]) -> int:
     """What these entries take at most; found without summing them."""
     frames = sum([len(entry.frame) for entry in entries])
-    sizes = [
-        memoryview(data).nbytes + _PAYLOAD.size
-        for entry in entries
-        if entry.payloads
-        for data in entry.payloads.values()
-    ]
+    payloads = [data for entry in entries if entry.payloads for data in entry.payloads.values()]
+    sizes = [memoryview(data).nbytes + _PAYLOAD.size for data in payloads]
     return frames + sum(sizes) + len(entries) * (ENTRY_BYTES + 7)
 
 

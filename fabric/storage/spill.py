@@ -440,12 +440,19 @@ class SpillLog:
         try:
             if clean and self._begun:
                 self.append([Entry(Kind.END, 0, self._incarnation, 0, 0, b"")])
-                self.sync()
+                self._sync_at_end()
         finally:
             if self._active is not None:
                 self._shelf.seal(self._active)
             self._shelf.discard_spare()
             self.abandon()
+
+    def _sync_at_end(self) -> None:
+        """Without `keep_unsynced` nobody was promised that what lies in a bad segment survives a loss of power."""
+        if self._keep:
+            self.sync()
+        elif (failure := self._sync_dirty()) is not None:
+            raise SpillBrokenError(str(failure), directory=self._path) from failure
 
     def destroy(self) -> None:
         """Remove all of it, oldest first, and close. Twice is once, and a closed log is left as it is.

@@ -64,7 +64,7 @@ def test_the_bytes_of_a_segment_are_these() -> None:
         "02000000070000000000000003000000000000002800000000000000020000000500000001000000000000001c00000000000000"
     )
     assert entry[72:].hex() == "29000000000000000700000000000000" + b"framepayload".hex() + "00000000"
-    assert entry[56:72].hex() == "c1a0de23f0d1cd1a72ff1fb6a0ad6fa9"
+    assert entry[56:72].hex() == "eef2b29fccdcf8d68994e194a492aafc"
 
 
 def test_a_head_says_who_the_segment_is() -> None:
