@@ -127,6 +127,10 @@ class Shelf:
         """The first that is there."""
         return next(iter(self), None)
 
+    def newest(self) -> Segment | None:
+        """The last that is there."""
+        return next(reversed(self._by_number.values()), None)
+
     def adopt(self, found: Found, segment: Segment) -> None:
         """Take over what recovery found."""
         head = found.head
@@ -152,7 +156,7 @@ class Shelf:
         """
         size = max(size, self._limits.segment_bytes)
         self._prepare(size)
-        file, number, last = self._spare, self._next, next(reversed(self._by_number.values()), None)
+        file, number, last = self._spare, self._next, self.newest()
         assert file is not None
         identity = self._identity(16)
         head = SegmentHead(

@@ -295,7 +295,7 @@ class SpillLog:
         try:
             begun = self._rotate(entries)
         except (OSError, SpillFullError):
-            if segment is None or not fits:
+            if segment is None or segment is not self._active or not fits:
                 raise
             return segment, group  # old, and the only one that there is room for
         return begun, self._named(entries, begun.named)
@@ -317,15 +317,24 @@ class SpillLog:
 
     def _rotate(self, entries: Sequence[Entry]) -> Segment:
         group = self._named(entries, set())
-        segment = self._shelf.begin(HEAD_BYTES + most_bytes(group), first=not self._begun)
-        self._begun = True
-        if self._active is not None:
-            self._shelf.seal(self._active)
-            if self._active.number not in self._dirty:
-                self._shelf.settle(self._active)
-        self._active = segment
+        try:
+            segment = self._shelf.begin(HEAD_BYTES + most_bytes(group), first=not self._begun)
+        except OSError:
+            if self._shelf.newest() is not self._active:
+                self._retire()  # a successor has its name, and says where this one ended
+            raise
+        self._retire()
+        self._active, self._begun = segment, True
         self._shelf.prepare_spare()
         return segment
+
+    def _retire(self) -> None:
+        """Write no more to the active segment."""
+        segment, self._active = self._active, None
+        if segment is not None:
+            self._shelf.seal(segment)
+            if segment.number not in self._dirty:
+                self._shelf.settle(segment)
 
     def _give_up(self, segment: Segment) -> None:
         """Never write or sync this segment again."""
@@ -442,8 +451,7 @@ class SpillLog:
                 self.append([Entry(Kind.END, 0, self._incarnation, 0, 0, b"")])
                 self._sync_at_end()
         finally:
-            if self._active is not None:
-                self._shelf.seal(self._active)
+            self._retire()
             self._shelf.discard_spare()
             self.abandon()
 

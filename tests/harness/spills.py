@@ -8,11 +8,13 @@ from typing import Any
 
 from fabric.config import Spill
 from fabric.storage.disk import Disk
+from fabric.storage.recovering import segment_name
 from fabric.storage.spill import Entry, Kind, SpillLog
 from fabric.testing.disks import FakeDisk
 
 WHERE = Path("/spill")
 FEED = 7
+BIG = bytes(300)
 
 
 def named(feed: int = FEED, *, incarnation: int = 1) -> Entry:
@@ -64,3 +66,29 @@ def plain(entry: Entry) -> Entry:
     return entry._replace(
         frame=bytes(entry.frame), payloads={offset: bytes(data) for offset, data in entry.payloads.items()}
     )
+
+
+def path(number: int) -> str:
+    """Of a segment on a fake disk."""
+    return f"{WHERE}/{segment_name(number)}"
+
+
+def begun(disk: FakeDisk, limits: Spill | None = None, **options: Any) -> SpillLog:
+    """A log that names a feed and holds one burst of it."""
+    log = opened(disk, limits, **options)
+    log.append([named(), burst(0)])
+    return log
+
+
+def firsts(log: SpillLog) -> list[int]:
+    """First offsets of all bursts."""
+    return [entry.first for entry in held(log)]
+
+
+def reopened(disk: FakeDisk) -> list[int]:
+    """First offsets of all bursts that another process finds; nothing is damaged."""
+    log = opened(disk)
+    found = firsts(log)
+    assert log.damage == ()
+    log.close()
+    return found
