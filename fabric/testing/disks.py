@@ -98,9 +98,13 @@ class FakeDisk:
 
     def put(self, path: Path | str, data: bytes) -> None:
         """Place a file, as if it had always been there."""
-        inode = self.files.setdefault(str(path), len(self.contents))
+        inode = self.files.setdefault(str(path), self.unused())
         self.contents[inode] = bytearray(data)
         self._directories.add(str(Path(path).parent))
+
+    def unused(self) -> int:
+        """An inode that no file has or had."""
+        return max(self.contents, default=-1) + 1
 
     def copy(self) -> FakeDisk:
         """Another disk with the same files, and nothing asked of it yet."""
@@ -277,7 +281,7 @@ class _FakeDirectory:
         if path not in self._disk.files:
             if not create:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            self._step(Step("create", len(self._disk.contents), name=path))
+            self._step(Step("create", self._disk.unused(), name=path))
         return _FakeFile(self._disk, self._disk.files[path])
 
     def _step(self, step: Step) -> None:

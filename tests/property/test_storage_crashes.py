@@ -98,6 +98,9 @@ def play() -> Script:
     script.release(log, OTHER, 4)
     disk.fail("sync_directory", 1, errno.EIO)
     script.append(log, burst(13, frame=bytes(500)))  # rotates; the directory fails
+    disk.fail("sync_directory", 1, errno.EIO)
+    disk.fail("sync_directory", 2, errno.EIO)
+    script.append(log, burst(14, frame=bytes(500)))  # rotates; the directory fails twice
     script.sync(log)
     script.release(log, OTHER, 8)
     script.release(log, FEED, 9)
@@ -110,7 +113,7 @@ def play() -> Script:
     script.release(log, FEED, 15)
     script.append(log, burst(18))
     log.close()
-    assert script.failed == 1, "one append failed twice"
+    assert script.failed == 2, "two appends failed twice"
     return script
 
 
