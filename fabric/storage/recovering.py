@@ -101,8 +101,11 @@ class _Opened:
     bad_heads: list[int]
 
 
-def recover(directory: Directory, take: Take) -> Iterator[Found]:
-    """The segments of a directory, oldest first, each read once."""
+def recover(directory: Directory, take: Take, *, sync: bool = False) -> Iterator[Found]:
+    """The segments of a directory, oldest first, each read once; with `sync` what is found is then durable.
+
+    A process that died left its last writes to the kernel: who builds on them must know that they stay.
+    """
     numbers = sorted(number for name in directory.names() if (number := segment_number(name)) is not None)
     current: _Opened | None = None
     try:
@@ -112,8 +115,13 @@ def recover(directory: Directory, take: Take) -> Iterator[Found]:
             if previous is not None:
                 with closing(previous.file):
                     yield _examine(previous, current, take)
+                    if sync:
+                        previous.file.sync()
         if current is not None:
             yield _examine(current, None, take)
+            if sync:
+                current.file.sync()
+                directory.sync()
     finally:
         if current is not None:
             current.file.close()

@@ -105,7 +105,8 @@ class SpillLog:
             limits: The settings.
             disk: The seam for faults.
             incarnation: Of the writer; stands in the entry that says it ended clean.
-            keep_unsynced: Hold what is not synced, so that a failed sync can be mended. Needed for power safety.
+            keep_unsynced: For power safety: what is found is synced, and what is appended is held until it is synced, so
+                that a failed sync can be mended.
             clock: Wall clock in nanoseconds: ages outlive a process.
             identity: So many random bytes.
 
@@ -139,7 +140,7 @@ class SpillLog:
             self._contents.note(segment, header, position, entry)
 
         try:
-            for found in recover(self._directory, take):
+            for found in recover(self._directory, take, sync=self._keep):
                 self._shelf.adopt(found, segments[found.number])
                 self._damage += found.damage
         except OSError as error:
