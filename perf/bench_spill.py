@@ -1,7 +1,7 @@
 """What does the spill log add to writing the same bytes?
 
-`plain` is one `os.write` for each entry's bytes into a file of its own, `fabric` is `SpillLog.append` with groups as the
-storage thread hands them over: header, two checksums, index and rotation included. Neither syncs. Both write beside
+`plain` is one `os.write` for each entry's bytes into a file of its own, `fabric` is `SpillLog.append` with groups as
+the storage thread hands them over: header, two checksums, index and rotation included. Neither syncs. Both write beside
 each other on the file system of the temporary directory, interleaved; what is written is released after each round, and
 no round begins with dirty pages of the one before.
 

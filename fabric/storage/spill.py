@@ -105,8 +105,8 @@ class SpillLog:
             limits: The settings.
             disk: The seam for faults.
             incarnation: Of the writer; stands in the entry that says it ended clean.
-            keep_unsynced: For power safety: what is found is synced, and what is appended is held until it is synced, so
-                that a failed sync can be mended.
+            keep_unsynced: For power safety: what is found is synced, and what is appended is held until it is synced,
+                so that a failed sync can be mended.
             clock: Wall clock in nanoseconds: ages outlive a process.
             identity: So many random bytes.
 
@@ -119,7 +119,7 @@ class SpillLog:
         lock: DiskFile | None = None
         try:
             lock = take_lock(opened, path)
-            shelf = Shelf(opened, path, limits, clock=clock, identity=identity)
+            shelf = Shelf(opened, path, limits, clock=clock, identity=identity, power=keep_unsynced)
             log = cls(
                 opened, lock, path, shelf, limits, incarnation=incarnation, keep_unsynced=keep_unsynced, clock=clock
             )
