@@ -41,9 +41,6 @@ class FeedIndex:
         self.below = 0
         """Bursts that end here or earlier are not needed."""
 
-    def __len__(self) -> int:
-        return len(self._firsts) - self._head
-
     def __iter__(self) -> Iterator[Place]:
         return (self._place(at) for at in range(self._head, len(self._firsts)))
 

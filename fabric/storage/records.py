@@ -43,6 +43,7 @@ __all__ = [
     "encode_group",
     "encode_head",
     "most_bytes",
+    "owned",
     "read_entry",
     "scan",
 ]
@@ -242,6 +243,12 @@ def most_bytes(entries: Sequence[Entry]) -> int:
     payloads = [data for entry in entries if entry.payloads for data in entry.payloads.values()]
     sizes = [memoryview(data).nbytes + _PAYLOAD.size for data in payloads]
     return frames + sum(sizes) + len(entries) * (ENTRY_BYTES + 7)
+
+
+def owned(entry: Entry) -> Entry:
+    """An entry whose bytes nobody else can change: those that are bytes already are not copied."""
+    payloads = {offset: bytes(payload) for offset, payload in entry.payloads.items()}
+    return entry._replace(frame=bytes(entry.frame), payloads=payloads)
 
 
 def _body(frame: Bytes, payloads: Mapping[int, Bytes]) -> list[Bytes]:

@@ -239,19 +239,17 @@ class Shelf:
 
     def seal(self, segment: Segment) -> None:
         """Nothing more is written to it: give back the room that it did not use."""
-        assert segment.file is not None
-        if not segment.bad:
-            with contextlib.suppress(OSError):  # then it takes the room until it is deleted, and is counted so
-                segment.file.truncate(segment.used)
-                self.bytes -= segment.allocated - segment.used
-                segment.allocated = segment.used
+        assert segment.file is not None and not segment.bad
+        with contextlib.suppress(OSError):  # then it takes the room until it is deleted, and is counted so
+            segment.file.truncate(segment.used)
+            self.bytes -= segment.allocated - segment.used
+            segment.allocated = segment.used
 
     def settle(self, segment: Segment) -> None:
         """Nothing of it waits for a sync: close it, if many are open."""
-        file, segment.file = segment.file, None
-        if file is not None:
-            self._opened[segment.number] = file
-            self._close_many()
+        assert segment.file is not None
+        self._opened[segment.number], segment.file = segment.file, None
+        self._close_many()
 
     def file(self, segment: Segment) -> DiskFile:
         """The segment, open for reading."""

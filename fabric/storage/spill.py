@@ -43,6 +43,7 @@ from fabric.storage.records import (
     Reason,
     encode_group,
     most_bytes,
+    owned,
     read_entry,
 )
 from fabric.storage.recovering import Damage, Span, recover
@@ -250,7 +251,7 @@ class SpillLog:
         if len(self._dirty) > _DIRTY_MAX:
             self.sync()
         if self._keep:
-            entries = [_owned(entry) for entry in entries]
+            entries = [owned(entry) for entry in entries]
         self._write(entries)
         if self._keep:
             self._unsynced += entries
@@ -498,9 +499,3 @@ class SpillLog:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(what="the spill log")
-
-
-def _owned(entry: Entry) -> Entry:
-    """An entry whose bytes nobody else can change: those that are bytes already are not copied."""
-    payloads = {offset: bytes(payload) for offset, payload in entry.payloads.items()}
-    return entry._replace(frame=bytes(entry.frame), payloads=payloads)

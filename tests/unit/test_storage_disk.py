@@ -54,6 +54,8 @@ def test_f36_a_link_and_a_file_are_refused(where: Path, tmp_path: Path) -> None:
             OS_DISK.enter(tmp_path / name)
     with pytest.raises(StateDirectoryError):
         OS_DISK.enter(tmp_path / "file" / "below")
+    with pytest.raises(StateDirectoryError, match="too long"):
+        OS_DISK.enter(tmp_path / ("x" * 300))
 
 
 def test_f36_the_directory_of_somebody_else_is_refused(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,20 @@ def test_f32_a_failed_sync_is_mended_elsewhere_from_what_was_kept() -> None:
     found.close()
 
 
+def test_f32_a_sealed_segment_that_cannot_be_synced_is_mended_and_expires_without_a_loss() -> None:
+    disk, clock = FakeDisk(), Clock()
+    log = begun(disk, small(age_s=100), keep_unsynced=True, clock=clock)
+    log.append([burst(1, frame=bytes(900))])
+    disk.fail("sync")
+    clock.advance(59)
+    log.sync()
+    assert (log.segments, firsts(log)) == (3, [0, 1])
+    clock.advance(102)
+    assert log.expire(clock.now_ns) == []
+    assert (log.segments, firsts(log), log.damage) == (1, [0, 1], ())
+    log.close()
+
+
 def test_f32_two_failed_syncs_are_reported_until_one_holds_everything() -> None:
     disk = FakeDisk()
     log = begun(disk, keep_unsynced=True)
