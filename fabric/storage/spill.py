@@ -8,9 +8,7 @@
 
 A group of entries is appended whole or not at all. A disk that fails once gets a new segment, one that fails twice
 is reported, and nothing that failed is ever written or synced again: after a failed fsync the kernel calls the pages
-clean, and the next one would lie (PostgreSQL panics since 2018).
-
-It is used by one thread at a time.
+clean, and the next one would lie (PostgreSQL panics since 2018). One thread at a time uses it.
 """
 
 from __future__ import annotations
