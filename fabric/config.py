@@ -22,13 +22,14 @@ __all__ = [
     "Repair",
     "Requests",
     "Retention",
+    "Spill",
     "Start",
     "WhenFull",
     "Work",
     "check_policy",
 ]
 
-KIB, MIB = 1024, 1024 * 1024
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
 BURST_BYTES_MAX = 64 * KIB
 """Most bytes of records in one burst. A larger value is addressed instead of pushed, so that what PUB may hold
@@ -178,6 +179,25 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spill:
+    """The continuation of retention on disk (reliability notes, sections 5.2 and 5.5)."""
+
+    directory: Path | None = None
+    """Where it lies; private (0700), and nobody else's. None: no spill log."""
+    bytes_max: int = 8 * GIB
+    """Of all its files, preallocated room included: 128 segments, eight seconds of outage at 1 GB/s."""
+    segment_bytes: int = 64 * MIB
+    """A segment is closed when it is full; what is handled leaves the disk by whole segments. 64 MiB take 30 to 60 ms
+    to write, and a scan of one in recovery as long."""
+    segment_age_s: float = 60.0
+    """... or when it is so old: bounds how long handled records stay."""
+    age_s: float = 86_400.0
+    """What nobody fetched for a day is given up, and reported as a gap."""
+    free_bytes_min: int = 1 * GIB
+    """Stays free on the file system: the job's own checkpoints come first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FabricConfig:
     """All settings of one member."""
 
@@ -196,12 +216,16 @@ class FabricConfig:
     liveness: Liveness = field(default_factory=Liveness)
     requests: Requests = field(default_factory=Requests)
     work: Work = field(default_factory=Work)
+    spill: Spill = field(default_factory=Spill)
     install_signal_handler: bool = True
     """Whether `join` in the main thread installs a SIGTERM handler over the default one."""
 
     def __post_init__(self) -> None:
-        for group in (self.retention, self.inboxes, self.repair, self.liveness, self.requests, self.work):
+        groups = (self.retention, self.inboxes, self.repair, self.liveness, self.requests, self.work, self.spill)
+        for group in groups:
             _require_positive(group)
+        if self.spill.bytes_max < 2 * self.spill.segment_bytes:
+            raise ConfigError("less than two segments: the one in use and its spare", field="spill.bytes_max")
         if self.repair.chunk_bytes > 4 * MIB:
             raise ConfigError("at most 4 MiB", field="repair.chunk_bytes")
         if self.subscribe_timeout_s <= 0:

@@ -14,6 +14,7 @@ __all__ = [
     "BrokenError",
     "ClosedError",
     "ConfigError",
+    "DamagedRecordError",
     "FabricError",
     "InternalError",
     "JoinTimeoutError",
@@ -28,6 +29,11 @@ __all__ = [
     "RequestTimeoutError",
     "SchemaError",
     "SeedError",
+    "SpillBrokenError",
+    "SpillError",
+    "SpillFullError",
+    "SpillLockedError",
+    "StateDirectoryError",
     "SubscribeTimeoutError",
     "TopicError",
     "UnknownPeerError",
@@ -181,6 +187,48 @@ class VersionMismatchError(ProtocolError):
 
 class RendezvousError(FabricError):
     """The members could not find each other; the detail says what was tried."""
+
+
+# The disk.
+
+
+class SpillError(FabricError):
+    """The spill log could not do what it was asked to. Field of all but `DamagedRecordError`: `directory`."""
+
+
+class SpillFullError(SpillError):
+    """There is no room: a ceiling, a quota or the disk; nothing was taken. Fields: `directory`, `used` in bytes."""
+
+    retriable = True
+    template = "the spill log in {directory} is full at {used} bytes: {detail}; nothing was taken"
+
+
+class SpillBrokenError(SpillError):
+    """The disk failed twice; what is not yet known to be durable may be lost. Field: `directory`."""
+
+    template = "the spill log in {directory} broke: {detail}"
+
+
+class SpillLockedError(SpillError):
+    """Another process, or another log of this one, has the directory. Field: `directory`."""
+
+    retriable = True
+    template = "the spill log in {directory} is in use"
+
+
+class DamagedRecordError(SpillError):
+    """A record on disk is not what was written.
+
+    Fields: `segment`, `position` and `size` of the bad range in bytes; `feed`, `first` and `end` of the burst.
+    """
+
+    template = "record {first} of feed {feed} is damaged (segment {segment}, {size} bytes at {position}): {detail}"
+
+
+class StateDirectoryError(SpillError):
+    """The directory is not private or cannot be used; the detail says what to do. Field: `directory`."""
+
+    template = "{directory} cannot hold state: {detail}"
 
 
 # The state of the object.

@@ -8,14 +8,22 @@ from __future__ import annotations
 import argparse
 import sys
 
-from perf import bench_demo, bench_records, bench_request, bench_tensors, bench_topics, bench_train_step
+from perf import (
+    bench_demo,
+    bench_records,
+    bench_request,
+    bench_spill,
+    bench_tensors,
+    bench_topics,
+    bench_train_step,
+)
 from perf.harness import Report, main
 
 
 def run(arguments: argparse.Namespace) -> Report:
     """All benchmarks, one after the other."""
     whole = Report()
-    for bench in (bench_records, bench_tensors, bench_request, bench_train_step, bench_demo, bench_topics):
+    for bench in (bench_records, bench_tensors, bench_request, bench_train_step, bench_demo, bench_topics, bench_spill):
         print(f"{bench.__name__} ...", file=sys.stderr, flush=True)
         try:
             report = bench.run(arguments)

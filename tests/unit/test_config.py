@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 
-from fabric.config import MIB, FabricConfig, Inboxes, Policy, Repair, Retention, WhenFull, Work, check_policy
+from fabric.config import MIB, FabricConfig, Inboxes, Policy, Repair, Retention, Spill, WhenFull, Work, check_policy
 from fabric.errors import ConfigError
 
-GROUPS = ["retention", "inboxes", "repair", "liveness", "requests", "work"]
+GROUPS = ["retention", "inboxes", "repair", "liveness", "requests", "work", "spill"]
 
 
 def test_the_defaults_are_possible() -> None:
@@ -39,6 +39,12 @@ def test_a_chunk_is_at_most_four_mebibytes() -> None:
     FabricConfig(repair=Repair(chunk_bytes=4 * MIB))
     with pytest.raises(ConfigError, match="chunk_bytes"):
         FabricConfig(repair=Repair(chunk_bytes=4 * MIB + 1))
+
+
+def test_the_spill_log_has_room_for_a_segment_and_its_spare() -> None:
+    FabricConfig(spill=Spill(segment_bytes=MIB, bytes_max=2 * MIB))
+    with pytest.raises(ConfigError, match=r"spill\.bytes_max"):
+        FabricConfig(spill=Spill(segment_bytes=MIB, bytes_max=2 * MIB - 1))
 
 
 def test_the_time_for_subscribing_is_positive() -> None:

@@ -16,6 +16,8 @@ LEAVES = [getattr(errors, name) for name in errors.__all__]
 FIELDS: dict[str, Any] = dict(
     **dict.fromkeys(["field", "topic", "kind", "where", "peer", "known", "state", "queue", "reason", "what"], "text"),
     **dict.fromkeys(["seed", "size", "limit", "used", "ours", "theirs", "owner", "caller", "opened_in", "used_in"], 3),
+    **dict.fromkeys(["segment", "position", "feed", "first", "end"], 4),
+    directory="text",
     waited_s=2.5,
 )
 
@@ -51,6 +53,8 @@ def test_only_waiting_and_fullness_can_be_tried_again() -> None:
         "JoinTimeoutError",
         "QueueFullError",
         "RequestTimeoutError",
+        "SpillFullError",
+        "SpillLockedError",
     }
 
 
