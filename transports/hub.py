@@ -217,6 +217,12 @@ class MemoryHub:
             self._cuts.clear()
             self._decide()
 
+    def late_frames(self) -> int:
+        """How many frames are still delayed; in a calm network only those from before."""
+        with self._lock:
+            now = self.clock()
+            return sum(entry[0] > now for member in self._members.values() for box in member._inboxes for entry in box)
+
     def statistics(self) -> dict[str, int]:
         """Faults so far, by kind, over all members and their earlier lives."""
         with self._lock:
