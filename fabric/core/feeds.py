@@ -1,6 +1,7 @@
 """The publisher's side: what is retained of each feed, what of it is owed and to whom, what gives way (RULES P1, P2).
 
 *Owed* is what a current reliable subscription has not acknowledged. *Kept* is history; the oldest gives way at no cost.
+What is owed of a feed that spills may lie on disk, its oldest first: see `spilling.py`.
 """
 
 from __future__ import annotations
@@ -8,13 +9,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from heapq import heappop, heappush
 
 from fabric.config import Policy
 from fabric.core.events import Buffer
 from fabric.core.ranges import RangeSet
 
-__all__ = ["OutFeed", "Reader", "Retention", "StoredBurst"]
+__all__ = ["OutFeed", "Place", "Reader", "Retention", "StoredBurst"]
 
 Reader = tuple[str, int]
 """A subscription of a member: (its name, subscription number)."""
@@ -24,15 +26,28 @@ LOST_RANGES_MAX = 1024
 """Lost ranges in one answer to a pull; it has to fit into a frame, and what follows is asked for again."""
 
 
-class StoredBurst:
-    """A burst in retention: its frame as it went out, and the values of its addressed records by offset."""
+class Place(Enum):
+    """Where an owed burst lies."""
 
-    __slots__ = ("end", "first", "frame", "live", "payloads", "serial", "size")
+    MEMORY = "memory"
+    WRITING = "writing"
+    """In memory, while the disk is asked to take it."""
+    DISK = "disk"
+
+
+class StoredBurst:
+    """A burst in retention: its frame as it went out, and the values of its addressed records by offset.
+
+    Of one on disk they are there only while it is loaded; `frame` is empty otherwise.
+    """
+
+    __slots__ = ("end", "first", "frame", "frame_size", "live", "payloads", "place", "serial", "size")
 
     def __init__(
         self, first: int, count: int, frame: bytes, payloads: Mapping[int, Buffer] | None, serial: int
     ) -> None:
         self.first, self.end, self.frame, self.payloads, self.serial = first, first + count, frame, payloads, serial
+        self.frame_size, self.place = len(frame), Place.MEMORY
         self.size = len(frame) + (sum(memoryview(payload).nbytes for payload in payloads.values()) if payloads else 0)
         self.live = count
         """Records that are not superseded; counted for `latest` only."""
@@ -59,12 +74,14 @@ class OutFeed:
         "owed",
         "policy",
         "readers",
+        "released",
+        "spills",
         "topic",
     )
 
-    def __init__(self, feed: int, topic: str, policy: Policy, incarnation: int) -> None:
-        self.feed, self.topic, self.policy, self.incarnation = feed, topic, policy, incarnation
-        self.end = self.acknowledged = self.evicted = 0
+    def __init__(self, feed: int, topic: str, policy: Policy, incarnation: int, *, spills: bool = False) -> None:
+        self.feed, self.topic, self.policy, self.incarnation, self.spills = feed, topic, policy, incarnation, spills
+        self.end = self.acknowledged = self.evicted = self.released = 0
         self.kept: deque[StoredBurst] = deque()
         self.owed: deque[StoredBurst] = deque()
         self.readers: dict[Reader, int] = {}
@@ -109,7 +126,7 @@ class OutFeed:
                 if burst is None or burst.first >= end:
                     break
                 if not chosen or chosen[-1] is not burst:
-                    credit -= len(burst.frame)
+                    credit -= burst.frame_size
                     if credit < 0 and chosen:
                         break
                     chosen.append(burst)
@@ -145,6 +162,12 @@ class Retention:
         self._oldest: list[tuple[int, int, OutFeed]] = []
         """A heap of feeds by the serial of their first burst at the time of entry; stale entries are met and
         corrected."""
+        self.spilled_bytes = self.writing_bytes = 0
+        """Owed and on disk; asked to be written."""
+        self.unwritten: deque[tuple[OutFeed, StoredBurst]] = deque()
+        """Owed bursts of feeds that spill, oldest first, for the disk when memory is full; some are owed no more."""
+        self.released: dict[int, int] = {}
+        """Feeds of which the disk need not keep what lies below these offsets."""
 
     def append(
         self, out: OutFeed, first: int, count: int, frame: bytes, payloads: Mapping[int, Buffer] | None
@@ -160,6 +183,8 @@ class Retention:
         if out.readers and out.policy is Policy.RELIABLE:
             out.owed.append(burst)
             self.owed_bytes += burst.size
+            if out.spills:
+                self.unwritten.append((out, burst))
             return burst
         if not out.readers:
             out.acknowledged = out.end
@@ -196,9 +221,24 @@ class Retention:
         out.acknowledged = max(out.acknowledged, min(out.readers.values(), default=out.end))
         while out.owed and out.owed[0].end <= out.acknowledged:
             burst = out.owed.popleft()
+            if burst.place is not Place.MEMORY:
+                self.released[out.feed] = out.released = out.acknowledged
+            if burst.place is Place.DISK:
+                self._leave_disk(out, burst)
+                continue
+            burst.place = Place.MEMORY
             self.owed_bytes -= burst.size
             self._keep(out, burst)
         self.evict()
+
+    def _leave_disk(self, out: OutFeed, burst: StoredBurst) -> None:
+        """It is no history: that lies in memory, and has no holes."""
+        self.spilled_bytes -= burst.size
+        self._forget_kept(out)
+
+    def _forget_kept(self, out: OutFeed) -> None:
+        while out.kept:
+            self.kept_bytes -= out.kept.popleft().size
 
     def owe_again(self, out: OutFeed, offset: int) -> None:
         """A new reader begins at `offset`, among the history: from there on everything is owed."""
@@ -208,6 +248,8 @@ class Retention:
             self.kept_bytes -= burst.size
             self.owed_bytes += burst.size
             out.owed.appendleft(burst)
+            if out.spills:
+                self.unwritten.appendleft((out, burst))
 
     def evict(self) -> None:
         """Let the oldest kept bursts of all feeds go until the history is within its ceiling."""
@@ -227,8 +269,7 @@ class Retention:
         """
         dropped = 0
         while out.owed and self.owed_bytes + size > self.owed_bytes_max:
-            while out.kept:
-                self.kept_bytes -= out.kept.popleft().size
+            self._forget_kept(out)
             oldest = out.owed.popleft()
             self.owed_bytes -= oldest.size
             dropped += oldest.end - max(oldest.first, out.acknowledged)
@@ -236,10 +277,50 @@ class Retention:
         self.dropped += dropped
         return dropped
 
+    # The disk.
+
+    def write_next(self, most: int) -> tuple[OutFeed, StoredBurst] | None:
+        """The oldest burst for the disk, while more than `most` bytes are owed in memory and not being written."""
+        while self.unwritten and self.owed_bytes - self.writing_bytes > most:
+            out, burst = self.unwritten.popleft()
+            # What the disk was told to forget stays in memory, should it be owed again: it is history, and bounded.
+            if burst.place is Place.MEMORY and burst.end > out.released and self._is_owed(out, burst):
+                burst.place = Place.WRITING
+                self.writing_bytes += burst.size
+                return out, burst
+        return None
+
+    def written(self, out: OutFeed, burst: StoredBurst, *, done: bool) -> None:
+        """A write is over. What was acknowledged meanwhile stays where it is."""
+        self.writing_bytes -= burst.size
+        if burst.place is not Place.WRITING:
+            return
+        if not done:
+            burst.place = Place.MEMORY
+            self.unwritten.appendleft((out, burst))
+            return
+        burst.place = Place.DISK
+        burst.frame, burst.payloads = b"", None
+        self.owed_bytes -= burst.size
+        self.spilled_bytes += burst.size
+
+    def lose(self, out: OutFeed, burst: StoredBurst) -> None:
+        """A burst on disk is damaged: it becomes a gap."""
+        if burst.place is Place.DISK and self._is_owed(out, burst):
+            out.owed.remove(burst)
+            self.spilled_bytes -= burst.size
+
+    @staticmethod
+    def _is_owed(out: OutFeed, burst: StoredBurst) -> bool:
+        """What was history in between may be owed again."""
+        return burst.end > out.acknowledged and out.find(burst.first) is burst
+
     def check_invariants(self, feeds: Iterable[OutFeed]) -> None:
         """Assert the sums, and that `owed` is what some reader needs (I6, I7)."""
         feeds = list(feeds)
-        assert self.owed_bytes == sum(burst.size for out in feeds for burst in out.owed)
+        owed = [burst for out in feeds for burst in out.owed]
+        assert self.owed_bytes == sum(burst.size for burst in owed if burst.place is not Place.DISK)
+        assert self.spilled_bytes == sum(burst.size for burst in owed if burst.place is Place.DISK)
         assert self.kept_bytes == sum(burst.size for out in feeds for burst in out.kept)
         for out in feeds:
             assert out.first_available <= out.end

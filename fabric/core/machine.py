@@ -18,6 +18,7 @@ from fabric.core.exchange import Exchange
 from fabric.core.fetching import Fetching
 from fabric.core.members import Context, Members, Peer, card_fields, card_of
 from fabric.core.publishing import Publishing
+from fabric.core.spilling import Question
 from fabric.core.subscribing import FEEDS_PER_SUBSCRIPTION_MAX, Subscribing
 from fabric.core.wire import Control, Drop, Kind, decode_control, decode_data, encode_control, member_id
 from fabric.errors import WireFormatError
@@ -75,9 +76,9 @@ class FabricCore:
             events.PeerDied: self._on_peer_died,
             events.RosterAsked: self._on_roster_asked,
             events.IntakeStopped: self._on_intake_stopped,
-            events.WriteFinished: lambda event: self._count("writes_finished"),
-            events.WriteFailed: lambda event: self._count("writes_failed"),
-            events.RecordsLoaded: lambda event: self._count("records_loaded"),
+            events.WriteFinished: self.publishing.spilling.on_finished,
+            events.WriteFailed: self.publishing.spilling.on_failed,
+            events.RecordsLoaded: self._on_records_loaded,
         }
 
     def _by_kind(self) -> dict[Kind, Callable[[Peer, Sequence[Any]], None]]:
@@ -120,6 +121,7 @@ class FabricCore:
         dues = [
             self.members.next_deadline_ns(),
             self.publishing.next_deadline_ns(),
+            self.publishing.spilling.next_deadline_ns(),
             self.subscribing.next_deadline_ns(),
             self.fetching.next_deadline_ns(),
             self.exchange.next_deadline_ns(),
@@ -133,6 +135,7 @@ class FabricCore:
         for peer in self.members.tick():
             self._hello(peer)
         self.publishing.tick()
+        self.publishing.spilling.tick()
         self.subscribing.tick()
         self.fetching.tick()
         self.exchange.tick()
@@ -327,6 +330,8 @@ class FabricCore:
 
     def _on_fetch(self, peer: Peer, fields: Sequence[Any]) -> None:
         space, number, position, length, token = fields
+        if self.publishing.waits_for_disk(space, number, (peer, Kind.FETCH, fields)):
+            return
         payload = self.publishing.payload_of(space, number)
         payload = payload if payload is not None else self.exchange.payload_of(peer, space, number)
         context = self.context
@@ -340,6 +345,17 @@ class FabricCore:
         for begin in range(position, end, step):
             header = encode_control(Kind.CHUNK, context.id, context.incarnation, space, number, begin, token)
             context.emit(SendBulk(peer.name, header, view[begin : min(begin + step, end)]))
+
+    def _on_records_loaded(self, event: events.RecordsLoaded) -> None:
+        spilling = self.publishing.spilling
+        spilling.on_loaded(self.publishing.by_id[event.feed], event.bursts)
+        spilling.ask_again(self._ask_again)
+
+    def _ask_again(self, question: Question) -> None:
+        """On behalf of who still waits for the answer."""
+        peer, kind, fields = question
+        if self.members.by_name.get(peer.name) is peer and not peer.is_gone:
+            self._messages[kind](peer, fields)
 
     def _on_payload_checked(self, event: events.PayloadChecked) -> None:
         outcome = self.fetching.on_checked((event.space, event.number), event.payload is not None)

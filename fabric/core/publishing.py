@@ -10,6 +10,7 @@ from fabric.core.events import Broadcast, Buffer, BurstClosed, FeedOpened, SendB
 from fabric.core.feeds import OutFeed, Reader, Retention
 from fabric.core.members import MS, Context, Members, Peer
 from fabric.core.ranges import RangeSet
+from fabric.core.spilling import Question, Spilling
 from fabric.core.wire import Drop, Kind, encode_control, encode_marker, feed_id
 from fabric.errors import TopicError
 from fabric.topics import Pattern, compile_pattern
@@ -57,6 +58,7 @@ class Publishing:
         self.by_id: dict[int, OutFeed] = {}
         retention = context.config.retention
         self.retention = Retention(owed_bytes_max=retention.owed_bytes_max, kept_bytes_max=retention.kept_bytes_max)
+        self.spilling = Spilling(context, self.retention)
         self._registrations: dict[str, dict[int, _Registration]] = {}
         self._expired: dict[str, dict[int, None]] = {}
         """Subscriptions of members that were absent too long; should they come back, they are told."""
@@ -69,7 +71,7 @@ class Publishing:
     def open_feed(self, event: FeedOpened) -> None:
         """A feed begins; every registration that matches it is told and begins at offset 0."""
         identity = feed_id(self._context.name, self._context.incarnation, event.topic)
-        out = OutFeed(identity, event.topic, event.policy, self._context.incarnation)
+        out = OutFeed(identity, event.topic, event.policy, self._context.incarnation, spills=event.spills)
         self.feeds[event.topic] = self.by_id[identity] = out
         for registrations in self._registrations.values():
             for registration in registrations.values():
@@ -90,6 +92,8 @@ class Publishing:
         if out.readers or out.listeners:
             self._context.emit(Broadcast(event.frame))
         self._context.counts["bursts_published"] += 1
+        if out.spills:
+            self.spilling.write()
 
     def stop(self) -> list[tuple[int, int]]:
         """No burst follows; returns the ends of all feeds for BYE."""
@@ -193,6 +197,8 @@ class Publishing:
 
     def _settle(self, out: OutFeed) -> None:
         self.retention.acknowledge(out)
+        if self.retention.released:
+            self.spilling.release()
         if out.is_acknowledged:
             self._pending.pop(out.feed, None)
 
@@ -206,9 +212,11 @@ class Publishing:
             return
         wanted = list(RangeSet(ranges))[:PULL_RANGES_MAX]  # merged: a range named twice is sent once
         bursts, lost = out.select(wanted, min(credit, self._context.config.repair.window_bytes))
+        if self.spilling.park(out, bursts, (peer, Kind.PULL, (feed, token, credit, ranges))):
+            return
         for burst in bursts:
             self._bulk(peer, Kind.REPAIR, feed, token, chunk=burst.frame)
-            self._context.counts["repaired_bytes"] += len(burst.frame)
+            self._context.counts["repaired_bytes"] += burst.frame_size
         self._bulk(peer, Kind.AVAILABLE, feed, token, out.first_available, out.end, lost)
 
     def payload_of(self, feed: int, offset: int) -> Buffer | None:
@@ -216,6 +224,12 @@ class Publishing:
         out = self.by_id.get(feed)
         burst = out.find(offset) if out else None
         return burst.payloads.get(offset) if burst and burst.payloads else None
+
+    def waits_for_disk(self, feed: int, offset: int, question: Question) -> bool:
+        """Whether the record that is asked for has to be loaded first; then the question is kept until it is."""
+        out = self.by_id.get(feed)
+        burst = out.find(offset) if out else None
+        return out is not None and burst is not None and self.spilling.park(out, [burst], question)
 
     def _bulk(self, peer: Peer, kind: Kind, *fields: object, chunk: Buffer | None = None) -> None:
         header = encode_control(kind, self._context.id, self._context.incarnation, *fields)

@@ -227,6 +227,7 @@ class Link:
         policy: Policy = Policy.RELIABLE,
         bodies: Sequence[bytes] | None = None,
         payloads: dict[int, bytes] | None = None,
+        spills: bool = False,
     ) -> None:
         """One burst; the feed is opened if it is new."""
         member = self.members[name]
@@ -234,7 +235,7 @@ class Link:
         if topic not in member.numbering:
             identity = feed_id(name, context.incarnation, topic)
             member.numbering[topic] = Numbering(identity, context.incarnation)
-            self.do(member, events.FeedOpened(topic, policy))
+            self.do(member, events.FeedOpened(topic, policy, spills))
         numbering = member.numbering[topic]
         first = numbering.end
         frame = numbering.frame(seeds, bodies, payloads=payloads)

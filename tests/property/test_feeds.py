@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fabric.config import Policy
-from fabric.core.feeds import OutFeed, Retention
+from fabric.core.feeds import OutFeed, Place, Retention, StoredBurst
 
 OWED_MAX, KEPT_MAX = 400, 300
 
@@ -125,6 +127,87 @@ def compare(retention: Retention, model: Model, outs: list[OutFeed]) -> None:
             found = out.find(offset)
             held = [(first, end) for feed, first, end, _ in model.bursts if feed == n and first <= offset < end]
             assert ([(found.first, found.end)] if found else []) == held
+
+
+class LongMemory(Model):
+    """Forgets no history by itself: what leaves with the disk is not its business."""
+
+    def evict(self) -> None:
+        pass
+
+    def forget(self, feed: int, kept: list[tuple[int, int]]) -> None:
+        """Only so much history is left of a feed."""
+        left = [burst for burst in self.kept() if burst[0] == feed]
+        assert kept == [(first, end) for _, first, end, _ in left[len(left) - len(kept) :]], "the newest stay"
+        for burst in left[: len(left) - len(kept)]:
+            self.bursts.remove(burst)
+
+
+class Disk:
+    """Writes under way, in order, and what they are over with."""
+
+    def __init__(self, retention: Retention) -> None:
+        self.retention = retention
+        self.writes: list[tuple[OutFeed, StoredBurst]] = []
+
+    def ask(self, most: int) -> None:
+        while (found := self.retention.write_next(most)) is not None:
+            assert found[1].end > found[0].released
+            self.writes.append(found)
+
+    def answer(self, count: int, *, done: bool) -> None:
+        some, self.writes = self.writes[:count], self.writes[count:]
+        for write in some if done else reversed(some):
+            self.retention.written(*write, done=done)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["append", "append", "append", "acknowledge", "join", "leave", "ask", "done", "failed"]),
+            st.integers(0, 1),
+            st.integers(0, 20),
+            st.integers(1, 120),
+        ),
+        min_size=10,
+        max_size=60,
+    )
+)
+def test_what_is_owed_is_there_wherever_it_lies(steps: list[tuple[str, int, int, int]]) -> None:
+    retention = Retention(owed_bytes_max=OWED_MAX, kept_bytes_max=KEPT_MAX)
+    disk = Disk(retention)
+    outs = [OutFeed(n, f"t{n}", Policy.RELIABLE, 1, spills=True) for n in range(2)]
+    model = LongMemory()
+    for what, n, a, size in steps:
+        if what == "ask":
+            disk.ask(size)
+        elif what in ("done", "failed"):
+            disk.answer(a % 4, done=what == "done")
+        else:
+            STEP[what](retention, model, outs[n], a, size)
+        retention.released.clear()
+        retention.check_invariants(outs)
+        assert retention.writing_bytes == sum(burst.size for _, burst in disk.writes)
+        for n, out in enumerate(outs):
+            look_at(out, model, n)
+    disk.answer(len(disk.writes), done=True)
+    disk.ask(0)
+    disk.answer(len(disk.writes), done=True)
+    assert retention.writing_bytes == 0
+    left = [burst for out in outs for burst in out.owed if burst.end > out.released and burst.place is Place.MEMORY]
+    assert left == [], "all that is owed can be written, but for what the disk was told to forget"
+
+
+def look_at(out: OutFeed, model: LongMemory, n: int) -> None:
+    model.forget(n, [(burst.first, burst.end) for burst in out.kept])
+    assert [(burst.first, burst.end) for burst in out.owed] == [(b[1], b[2]) for b in model.owed(n)]
+    bursts = [*out.kept, *out.owed]
+    assert all(burst.end == after.first for burst, after in pairwise(bursts)), "history has no holes"
+    for burst in bursts:
+        assert bool(burst.frame) == (burst.place is not Place.DISK)
+        assert out.find(burst.first) is burst
+    assert all(burst.place is Place.MEMORY for burst in out.kept)
 
 
 @settings(max_examples=150)

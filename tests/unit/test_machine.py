@@ -237,15 +237,6 @@ def test_requests_and_values_under_way_end_with_the_life_of_their_peer() -> None
     assert link["b"].payloads == {}
 
 
-def test_what_the_disk_says_is_counted() -> None:
-    link = Link("a")
-    link.do("a", events.WriteFinished("t", 1))
-    link.do("a", events.WriteFailed("t", "full"))
-    link.do("a", events.RecordsLoaded("t", ()))
-    counts = link["a"].counts
-    assert (counts["writes_finished"], counts["writes_failed"], counts["records_loaded"]) == (1, 1, 1)
-
-
 def test_time_never_goes_back() -> None:
     core = FabricCore(card("a"), FabricConfig())
     core.handle(events.TimePassed(), 100 * MS)
