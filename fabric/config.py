@@ -183,7 +183,8 @@ class Spill:
     """The continuation of retention on disk (reliability notes, sections 5.2 and 5.5)."""
 
     directory: Path | None = None
-    """Where it lies; private (0700), and nobody else's. None: no spill log."""
+    """Under which each member makes a directory of its own; private (0700), and on a disk of this host. Default: one of
+    this user among the temporary files. What is in it is not needed once its member ends."""
     bytes_max: int = 8 * GIB
     """Of all its files, preallocated room included: 128 segments, eight seconds of outage at 1 GB/s."""
     segment_bytes: int = 64 * MIB
@@ -242,22 +243,19 @@ def _require_positive(group: object) -> None:
 def check_policy(policy: str, when_full: str | None) -> tuple[Policy, WhenFull]:
     """The policy and what happens when its room is used up, or `ConfigError`.
 
-    `reliable` takes `block` (the default until the spill log exists), `drop_oldest`, `fail`; `latest` and `lossy`
-    take none.
+    `reliable` takes `spill` (the default), `block`, `drop_oldest`, `fail`; `latest` and `lossy` take none.
     """
     try:
         chosen = Policy(policy)
     except ValueError:
         raise ConfigError(f"{policy!r} is none of {', '.join(Policy)}", field="policy") from None
     if chosen is Policy.DURABLE:
-        raise ConfigError('"durable" needs the spill log, which does not exist yet; use "reliable"', field="policy")
+        raise ConfigError('"durable" does not exist yet; use "reliable"', field="policy")
     if chosen is not Policy.RELIABLE:
         if when_full is not None:
             raise ConfigError(f"{chosen.value!r} topics are never full: leave it out", field="when_full")
         return chosen, WhenFull.DROP_OLDEST
-    if when_full == WhenFull.SPILL:
-        raise ConfigError('"spill" needs the spill log, which does not exist yet; use "block"', field="when_full")
     try:
-        return chosen, WhenFull(when_full or WhenFull.BLOCK)
+        return chosen, WhenFull(when_full or WhenFull.SPILL)
     except ValueError:
-        raise ConfigError(f"{when_full!r} is none of block, drop_oldest, fail", field="when_full") from None
+        raise ConfigError(f"{when_full!r} is none of {', '.join(WhenFull)}", field="when_full") from None

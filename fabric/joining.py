@@ -16,8 +16,10 @@ from fabric.engine.dispatch import Dispatcher
 from fabric.engine.loop import Engine
 from fabric.engine.process import ProcessMembership, install_sigterm
 from fabric.engine.sleeping import ThreadedWaits
+from fabric.engine.storing import Storekeeper, ThreadedStore
 from fabric.errors import ConfigError, JoinTimeoutError, RendezvousError, VersionMismatchError, shortened
 from fabric.rendezvous import Card, announce, find, open_rendezvous, this_host, withdraw
+from fabric.storage.home import open_home, sweep
 from transports import Endpoints
 from transports.base import AddressError, SocketLimits
 from transports.zeromq import ZeroMQTransport
@@ -143,6 +145,7 @@ class Entry:
 
     def open(self, name: str, rank: int | None, world_size: int, job: str) -> None:
         """Bind the sockets and start the engine."""
+        sweep(self.config.spill)
         limits = SocketLimits(wildcard=self.config.wildcard, prefixes=FEEDS_FOLLOWED_MAX, sockets=4096)
         try:
             transport = ZeroMQTransport(listen=self.config.listen, name=f"{job}/{name}", limits=limits)
@@ -161,6 +164,10 @@ class Entry:
             endpoints=(endpoints.data, endpoints.control, endpoints.bulk),
         )
         engine = self._engine = Engine(_to_event(self.card), self.config, transport, time.monotonic_ns, self.waits)
+        keeper = Storekeeper(
+            self.card.incarnation, lambda: open_home(self.config.spill, job, name, self.card.incarnation)
+        )
+        engine.store = ThreadedStore(engine, keeper)
         self._membership = ProcessMembership(engine, self.waits, self.leave)
         engine.on_connect = self._membership.remember
         self.waits.start(engine)

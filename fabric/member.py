@@ -140,14 +140,14 @@ class Member(Generic[P]):
         return publisher
 
     def _default_publisher(self, topic: str) -> P:
-        return self._make_publisher(check_topic(topic), Policy.RELIABLE, WhenFull.BLOCK)
+        return self._make_publisher(check_topic(topic), Policy.RELIABLE, WhenFull.SPILL)
 
     def _make_publisher(self, topic: str, policy: Policy, when_full: WhenFull) -> P:
         engine = self._engine
         engine.require_open()
         with self._lock:
             if topic not in self._publishers:
-                engine.submit(events.FeedOpened(topic, policy))
+                engine.submit(events.FeedOpened(topic, policy, when_full is WhenFull.SPILL))
                 feed = feed_id(self.name, engine.card.incarnation, topic)
                 self._publishers[topic] = self._new_publisher(topic, policy, when_full, feed)
             return self._publishers[topic]

@@ -25,6 +25,7 @@ from fabric.engine.budget import Budget
 from fabric.engine.devices import Devices
 from fabric.engine.inbox import Inbox
 from fabric.engine.outbox import Outbox
+from fabric.engine.storing import NoStore, Store
 from fabric.errors import BrokenError, ClosedError, WrongProcessError
 from fabric.payloads import BufferPool
 from transports import Endpoints, Link, PeerUnreachableError, SendBlockedError, Transport, TransportError
@@ -105,6 +106,7 @@ class Engine:
         self._bulk_bytes: Counter[str] = Counter()
         self._own_prefixes: set[bytes] = set()
         self._execute = self._by_command()
+        self.store: Store = NoStore(self.submit_later)
         self.wall_ns: Callable[[], int] = time.time_ns
         self.devices = Devices(config.inboxes.assembly_bytes_max)
         self.probe: Callable[[Card], bool] = lambda card: False
@@ -132,8 +134,9 @@ class Engine:
             events.ReportPeer: self._report_peer,
             events.ReportFenced: self._report_fenced,
             events.ProbePeer: self._probe,
-            events.AppendRecords: self._no_disk,
-            events.LoadRecords: self._no_disk,
+            events.AppendRecords: lambda c: self.store.ask(c),
+            events.LoadRecords: lambda c: self.store.ask(c),
+            events.ReleaseRecords: lambda c: self.store.ask(c),
         }
 
     # Driving. Everything in this section needs the lock, but for `submit`, `push` and `require_open`.
@@ -172,10 +175,14 @@ class Engine:
         return bool(more)
 
     def _guard(self, work: Callable[[], int]) -> int:
-        """The top of the engine loop: what escapes from here breaks the engine, and all who wait are told."""
+        """The top of the engine loop."""
         if self.broken is not None or self.closed:
             self._submitted.clear()
             return False
+        return self.guarded(work)
+
+    def guarded(self, work: Callable[[], int]) -> int:
+        """What escapes from here breaks the engine, and all who wait are told. From any thread."""
         try:
             return work()
         except Exception as error:
@@ -280,6 +287,7 @@ class Engine:
         self._submitted.clear()
         for outbox in self.outboxes:
             outbox.abandon()
+        self.store.abandon()
         self.transport.abandon()
 
     def require_open(self) -> None:
@@ -406,9 +414,6 @@ class Engine:
         if self.probe(command.card):
             self.submit_later(events.PeerDied(command.card.name, command.card.incarnation))
 
-    def _no_disk(self, command: events.AppendRecords | events.LoadRecords) -> None:
-        self.submit_later(events.WriteFailed(command.topic, "there is no spill log yet"))
-
     def _keep_request(self, execute: events.ExecuteRequest, payload: memoryview | None) -> None:
         self.early.append((execute, payload))
 
@@ -428,4 +433,5 @@ class Engine:
                 return
             self.closed = True
             self.transport.close(linger_s)
+        self.store.close()
         self.on_progress()

@@ -482,7 +482,7 @@ class Outbox:
             limit = engine.config.retention.owed_bytes_max
             raise QueueFullError(
                 queue=f"the retention of {self.topic}", limit=limit, used=self.budget.used, waited_s=timeout_s
-            )
+            ) from engine.store.error
 
     def _has_room(self, room: int) -> bool:
         used = self.budget.used

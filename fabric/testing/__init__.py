@@ -21,7 +21,8 @@ Whoever waits lets the world go on; `world.run(60)` is a minute of its time and 
 
 from fabric.testing.checker import Checker, Violation
 from fabric.testing.history import History
+from fabric.testing.stores import DiskPlan
 from fabric.testing.world import World
 from transports import FaultPlan
 
-__all__ = ["Checker", "FaultPlan", "History", "Violation", "World"]
+__all__ = ["Checker", "DiskPlan", "FaultPlan", "History", "Violation", "World"]

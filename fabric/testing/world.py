@@ -20,6 +20,7 @@ from fabric.engine.dispatch import Dispatcher
 from fabric.engine.loop import Engine
 from fabric.errors import BrokenError, ClosedError, ConfigError, InternalError, JoinTimeoutError, shortened
 from fabric.testing.history import History
+from fabric.testing.stores import DiskPlan, WorldStore
 from fabric.testing.watching import WatchedFabric
 from transports import FaultPlan, MemoryHub, MemoryTransport
 
@@ -72,6 +73,7 @@ class _Member:
     fabric: Fabric
     engine: Engine
     dispatcher: Dispatcher
+    store: WorldStore
 
     def work(self, now_ns: int) -> bool:
         """Take a turn, if there is anything for it and nobody up the stack is in one; and run one handler."""
@@ -79,9 +81,15 @@ class _Member:
         if not engine.closed and (engine.due_ns <= now_ns or engine.transport.is_ready()) and not engine.lock.locked():
             engine.turn()
             busy = True
+        busy = self.store.work(now_ns) or busy
         if engine.broken is not None:
             raise engine.broken
         return self.dispatcher.run_one() or busy
+
+    def dues_ns(self) -> list[int]:
+        """When there is something to do for it."""
+        dues = (self.engine.transport.next_due_ns(), self.dispatcher.due_ns(), self.store.next_due_ns())
+        return [self.engine.due_ns, *(due for due in dues if due is not None)]
 
 
 @dataclass(slots=True, eq=False)
@@ -98,9 +106,10 @@ class _Task:
 class World:
     """A small universe of members.
 
-    `plan` says what goes wrong on the way; default: nothing. `config` is what members join with; handlers always run in
-    `step` mode, and the world runs them. `world_size` is the number of ranks. With `checked` the core's invariants are
-    asserted after every event of every member, which costs about as much as the events themselves.
+    `plan` says what goes wrong on the way, `disk` what goes wrong on disk; default: nothing. `config` is what members
+    join with; handlers always run in `step` mode, and the world runs them. `world_size` is the number of ranks. With
+    `checked` the core's invariants are asserted after every event of every member, which costs about as much as the
+    events themselves.
 
     `history` holds all that was published, received, lost and buried; `Checker(world.history).judge()` compares.
     """
@@ -110,6 +119,7 @@ class World:
         seed: int = 0,
         *,
         plan: FaultPlan | None = None,
+        disk: DiskPlan | None = None,
         config: FabricConfig | None = None,
         world_size: int = 2,
         checked: bool = True,
@@ -119,7 +129,7 @@ class World:
         """The time of this world; it begins at 1 s, because 0 means "never" in many a place."""
         self.hub = MemoryHub(seed=seed, plan=plan, clock=self._clock)
         self.history = History(self._clock)
-        self._config = config or FabricConfig()
+        self._config, self._disk = config or FabricConfig(), disk or DiskPlan()
         self._members: list[_Member] = []
         self._tasks: list[_Task] = []
         self._lives: dict[str, int] = {}
@@ -166,7 +176,8 @@ class World:
         }
         dispatcher = Dispatcher(engine)
         fabric = WatchedFabric(engine, dispatcher, _Membership(self, engine), self.history)
-        self._members.append(_Member(fabric, engine, dispatcher))
+        store = engine.store = WorldStore(engine, self._disk, f"disk {self.seed} {card.name} {card.incarnation}")
+        self._members.append(_Member(fabric, engine, dispatcher, store))
         for other in others.values():
             engine.submit(events.PeerAnnounced(other))
 
@@ -319,10 +330,7 @@ class World:
         """When anything is due next. What is due already and was not done waits for somebody further up the stack."""
         dues = [task.due_ns for task in self._tasks if not task.running]
         for member in self._members:
-            dues.append(member.engine.due_ns)
-            dues += [
-                due for due in (member.engine.transport.next_due_ns(), member.dispatcher.due_ns()) if due is not None
-            ]
+            dues += member.dues_ns()
         return min((due for due in dues if due > self.now_ns), default=self.now_ns + S)
 
     def __repr__(self) -> str:

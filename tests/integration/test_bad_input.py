@@ -227,7 +227,6 @@ def test_as_many_seeds_as_values_are_asked_for(alone: Fabric) -> None:
 
 RESERVED: dict[str, tuple[str, Callable[[Fabric], object]]] = {
     "durable": ("policy", lambda fabric: fabric.publisher("a", policy="durable")),
-    "spill": ("when_full", lambda fabric: fabric.publisher("a", when_full="spill")),
     "cursor": ("cursor", lambda fabric: fabric.subscribe("a", cursor={})),
     "name": ("name", lambda fabric: fabric.subscribe("a", name="mine")),
     "park": ("exhausted", lambda fabric: fabric.on("a", exhausted="park")),
@@ -356,7 +355,7 @@ def test_waits_for_subscribers_and_acknowledgements_name_who_is_missing(pair: tu
 
 def test_a_full_retention_says_how_full_and_took_nothing(pair: tuple[Fabric, Fabric]) -> None:
     ours, theirs = pair
-    publisher = ours.publisher(TOPIC)
+    publisher = ours.publisher(TOPIC, when_full="block")
     failing = ours.publisher("layers.1.health", when_full="fail")
     with theirs.subscribe("layers.**") as inbox:
         publisher.wait_for_subscribers(1, timeout_s=10)

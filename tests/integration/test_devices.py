@@ -59,5 +59,5 @@ def test_a_failed_copy_is_settled_as_lost_at_its_source(
 
 
 def test_what_does_not_exist_yet_says_so() -> None:
-    with fabric.join() as member, pytest.raises(ConfigError, match="spill log"):
+    with fabric.join() as member, pytest.raises(ConfigError, match="does not exist yet"):
         member.publisher("a.b", policy="durable")

@@ -250,7 +250,7 @@ def subscribe_and_stall(parent: Parent, spec: str) -> None:
 def test_a_killed_subscriber_blocks_its_publisher_only_until_its_death_is_proven(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}"
     with child(subscribe_and_stall, spec=spec) as victim, join(SMALL, rank=0, world_size=2, rendezvous=spec) as fabric:
-        publisher = fabric.publisher("flow.health")
+        publisher = fabric.publisher("flow.health", when_full="block")
         publisher.wait_for_subscribers(1, timeout_s=20)
         publisher.publish(b"the first")
         assert victim.hear() == {"at": 0}
@@ -359,7 +359,7 @@ def test_close_ends_in_time_though_a_peer_is_stopped_and_says_what_is_owed(tmp_p
     spec = f"file://{tmp_path}"
     with child(subscribe_and_stall, spec=spec) as stopped:
         fabric = join(rank=0, world_size=2, rendezvous=spec)
-        publisher = fabric.publisher("flow.health")
+        publisher = fabric.publisher("flow.health", when_full="block")
         publisher.wait_for_subscribers(1, timeout_s=20)
         publisher.publish(b"the first")
         assert stopped.hear() == {"at": 0}

@@ -254,7 +254,7 @@ async def test_waiting_for_subscribers_ends_when_they_are_there(face: Any, a: An
 @played(config=SMALL)
 async def test_a_full_retention_blocks_then_refuses_and_takes_nothing(face: Any, a: Any, b: Any) -> None:
     inbox = await b.subscribe("t", acknowledge="manual")
-    publisher = a.publisher("t")
+    publisher = a.publisher("t", when_full="block")
     taken = 0
     with pytest.raises(QueueFullError) as caught:
         while True:

@@ -51,11 +51,11 @@ def refuse_to_sleep(seconds: float) -> None:
     os.sched_yield()
 
 
-def publish_all(parent: Parent, spec: str, records: int, config: str) -> None:
+def publish_all(parent: Parent, spec: str, records: int, config: str, when_full: str) -> None:
     retention = CONFIGS[config].retention
     bodies = [body_of(offset) for offset in range(0x10000)]
     with join(CONFIGS[config], rank=0, world_size=2, rendezvous=spec) as fabric:
-        publisher = fabric.publisher("layers.0.health")
+        publisher = fabric.publisher("layers.0.health", when_full=when_full)
         publisher.wait_for_subscribers(1, timeout_s=30)
         forget_peak()
         time.sleep = refuse_to_sleep
@@ -65,7 +65,7 @@ def publish_all(parent: Parent, spec: str, records: int, config: str) -> None:
         spent_s = time.perf_counter() - began
         publisher.flush(timeout_s=DONE_S)
         limit, counts = allowed(retention.owed_bytes_max, retention.kept_bytes_max), fabric.statistics()
-        waits = {name: counts.get(f"publish_{name}", 0) for name in ("waited", "paced")}
+        waits = {name: counts.get(name, 0) for name in ("publish_waited", "publish_paced", "bursts_spilled")}
         parent.say(grown=peak_bytes() - base, limit=limit, spent_s=spent_s, **waits)
         parent.hear()
 
@@ -133,9 +133,12 @@ def handle_all(parent: Parent, spec: str, records: int, config: str) -> None:
         report(parent, fabric, lanes, base, config)
 
 
-def run(tmp_path: Path, receiver: Any, records: int, config: str) -> dict[str, dict[str, Any]]:
+def run(
+    tmp_path: Path, receiver: Any, records: int, config: str, when_full: str = "spill"
+) -> dict[str, dict[str, Any]]:
     arguments = {"spec": f"file://{tmp_path}", "records": records, "config": config}
-    with children(child(publish_all, **arguments), child(receiver, **arguments)) as (publisher, subscriber):
+    sides = child(publish_all, when_full=when_full, **arguments), child(receiver, **arguments)
+    with children(*sides) as (publisher, subscriber):
         sent = publisher.hear(DONE_S)
         if receiver is handle_all:
             subscriber.tell()
@@ -160,14 +163,18 @@ def test_a_million_records_arrive_each_lane_in_order_within_the_memory_bound(tmp
     told = run(tmp_path, receive_all, 1_000_000, config)
     check(told)
     if config == "default":
-        assert told["sent"]["waited"] == 0, "there was room all the time"
+        assert told["sent"]["publish_waited"] == 0, "there was room all the time"
 
 
 @pytest.mark.timeout(300)
-def test_a_handler_that_burns_20_us_a_record_gets_all_of_them_within_the_memory_bound(tmp_path: Path) -> None:
-    told = run(tmp_path, handle_all, 200_000, "small")
+@pytest.mark.parametrize("when_full", ["block", "spill"])
+def test_a_handler_that_burns_20_us_a_record_gets_all_of_them_within_the_memory_bound(
+    tmp_path: Path, when_full: str
+) -> None:
+    told = run(tmp_path, handle_all, 200_000, "small", when_full)
     check(told)
-    assert told["sent"]["waited"] > 0, "the publisher was never held back: the bound was not felt"
+    felt = {"block": "publish_waited", "spill": "bursts_spilled"}[when_full]
+    assert told["sent"][felt] > 0, "the bound was not felt"
 
 
 @soak

@@ -5,14 +5,16 @@ Swarm testing: every world draws its own sizes, policies and faults, many of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from fabric.config import FabricConfig, Inboxes, Liveness, Repair, Requests, Retention, Work
-from fabric.testing import FaultPlan
+from fabric.config import FabricConfig, Inboxes, Liveness, Repair, Requests, Retention, Spill, Work
+from fabric.testing import DiskPlan, FaultPlan
 
 KIB = 1024
+DISK = 1 << 40
+"""Seeds with this bit have topics that spill. So the worlds of the others stay what they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Options:
     """Names of what may happen in a step, and their weights."""
     revive: float
     """Probability that a member that is down comes back in a step."""
+    disk: DiskPlan = field(default_factory=DiskPlan)
 
 
 def draw(seed: int) -> Options:
@@ -80,7 +83,7 @@ def draw(seed: int) -> Options:
         )
         for member in range(members)
     )
-    return Options(
+    options = Options(
         steps=pick([20, 40, 80]),
         pause_s=pick([0.005, 0.05, 0.3]),
         plan=_plan(rng),
@@ -101,6 +104,32 @@ def draw(seed: int) -> Options:
         ),
         revive=pick([0.05, 0.3]),
     )
+    return _with_disk(options, seed) if seed & DISK else options
+
+
+def _with_disk(options: Options, seed: int) -> Options:
+    """Memory is small, so that much is spilled; the disk may be slow, small and now and then full."""
+    rng = Random(f"disk {seed}")
+    pick = rng.choice
+    publishers = tuple(
+        tuple(
+            replace(topic, when_full="spill") if topic.policy == "reliable" and rng.random() < 0.8 else topic
+            for topic in topics
+        )
+        for topics in options.publishers
+    )
+    config = replace(
+        options.config,
+        retention=replace(options.config.retention, owed_bytes_max=pick([2 * KIB, 40 * KIB, 200 * KIB])),
+        spill=Spill(
+            segment_bytes=pick([4 * KIB, 256 * KIB]),
+            bytes_max=pick([600 * KIB, 64 * KIB * KIB]),
+            segment_age_s=pick([0.5, 60.0]),
+            free_bytes_min=1,
+        ),
+    )
+    disk = DiskPlan(delay_ms=pick([0, 1, 60]), refusals=pick([0, 0, 0.1, 0.5]))
+    return replace(options, publishers=publishers, config=config, disk=disk)
 
 
 def _topics(rng: Random, number: int) -> tuple[Topic, ...]:

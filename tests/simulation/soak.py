@@ -2,7 +2,7 @@
 """Plays many worlds.
 
 python -m tests.simulation.soak --seeds 10000
-python -m tests.simulation.soak --minutes 10
+python -m tests.simulation.soak --minutes 10 --disk
 python -m tests.simulation.soak --first 77 --seeds 1 --verbose
 python -m tests.simulation.soak --variants
 """
@@ -17,6 +17,7 @@ import traceback
 from collections import Counter
 
 from fabric.testing import Violation
+from tests.simulation.draw import DISK
 from tests.simulation.play import play
 from tests.simulation.variants import VARIANTS, broken
 
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=0)
+    parser.add_argument("--disk", action="store_true", help="worlds whose topics spill")
     parser.add_argument("--every", type=int, default=50, help="every so many seeds are played twice and compared")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument(
@@ -68,8 +70,9 @@ def main() -> int:
     logging.disable(logging.CRITICAL)
     if arguments.variants:
         return hunt(arguments.first, arguments.seeds or 500, arguments.wanted, arguments.names)
-    began, failed, counts, seed = time.monotonic(), Counter[str](), Counter[str](), arguments.first
-    end = arguments.first + arguments.seeds if arguments.seeds else 2**62
+    began, failed, counts = time.monotonic(), Counter[str](), Counter[str]()
+    first = seed = arguments.first | DISK * arguments.disk
+    end = first + arguments.seeds if arguments.seeds else 2**62
     while seed < end and (not arguments.minutes or time.monotonic() - began < arguments.minutes * 60):
         try:
             outcome = play(seed)
@@ -82,7 +85,7 @@ def main() -> int:
             if arguments.verbose:
                 traceback.print_exc()
         seed += 1
-    worlds, took = seed - arguments.first, time.monotonic() - began
+    worlds, took = seed - first, time.monotonic() - began
     print(f"{worlds} worlds in {took:.0f} s ({worlds / took:.1f}/s), failed: {dict(failed)}")
     for name in sorted(counts) if arguments.verbose or not failed else ():
         print(f"{counts[name]:12d}  {name}")

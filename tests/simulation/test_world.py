@@ -13,6 +13,7 @@ import pytest
 
 from fabric.errors import ConfigError, JoinTimeoutError, RequestError, WaitTimeoutError
 from fabric.testing import Checker, FaultPlan, Violation, World
+from tests.simulation.draw import DISK
 from tests.simulation.play import play
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def test_a_seed_that_once_failed_passes(seed: int) -> None:
 def test_worlds_that_nobody_has_seen_yet_keep_their_promises(capsys: pytest.CaptureFixture[str]) -> None:
     random, began, count = SystemRandom(), time.monotonic(), 0
     while time.monotonic() - began < SECONDS:
-        seed = random.randrange(10**9)
+        seed = random.randrange(10**9) | random.choice([0, DISK])
         try:
             play(seed)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what we look for

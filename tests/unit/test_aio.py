@@ -192,7 +192,7 @@ async def test_a_subscription_serves_one_task_at_a_time(a: aio.Fabric, b: aio.Fa
 @looped(config=SMALL)
 async def test_a_publish_that_waits_for_room_does_not_hold_up_the_loop(a: aio.Fabric, b: aio.Fabric) -> None:
     inbox = await b.subscribe("t", acknowledge="manual")
-    publisher = a.publisher("t")
+    publisher = a.publisher("t", when_full="block")
 
     async def publish_all() -> None:
         for _ in range(200):

@@ -61,7 +61,8 @@ def test_settings_are_frozen_and_groups_are_named() -> None:
 @pytest.mark.parametrize(
     ("policy", "when_full", "chosen"),
     [
-        ("reliable", None, (Policy.RELIABLE, WhenFull.BLOCK)),
+        ("reliable", None, (Policy.RELIABLE, WhenFull.SPILL)),
+        ("reliable", "block", (Policy.RELIABLE, WhenFull.BLOCK)),
         ("reliable", "fail", (Policy.RELIABLE, WhenFull.FAIL)),
         ("reliable", "drop_oldest", (Policy.RELIABLE, WhenFull.DROP_OLDEST)),
         ("latest", None, (Policy.LATEST, WhenFull.DROP_OLDEST)),
@@ -79,7 +80,7 @@ def test_what_happens_without_room(policy: str, when_full: str | None, chosen: t
         ("durable", None, "policy"),
         ("latest", "block", "when_full"),
         ("lossy", "fail", "when_full"),
-        ("reliable", "spill", "when_full"),
+        ("latest", "spill", "when_full"),
         ("reliable", "explode", "when_full"),
     ],
 )

@@ -1,0 +1,218 @@
+"""The disk behind the engine: one thread writes to the spill log and reads from it, and says what came of it.
+
+What the core asks for is done in order. Appends that wait together are one write. Nothing else waits for the disk: a
+publisher only for room in memory, a peer for an answer that it would repeat.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+from fabric.core.disk import (
+    AppendRecords,
+    LoadedBurst,
+    LoadRecords,
+    RecordsLoaded,
+    ReleaseRecords,
+    WriteFailed,
+    WriteFinished,
+)
+from fabric.errors import SpillError
+from fabric.storage.records import Entry, Kind
+
+if TYPE_CHECKING:
+    from fabric.engine.loop import Engine
+    from fabric.storage.spill import SpillLog
+
+__all__ = ["NoStore", "Store", "Storekeeper", "ThreadedStore"]
+
+log = logging.getLogger("fabric.storage")
+
+Wish: TypeAlias = AppendRecords | LoadRecords | ReleaseRecords
+Outcome: TypeAlias = WriteFinished | WriteFailed | RecordsLoaded
+
+AT_ONCE_MAX = 256
+"""Wishes in one go: 16 MiB of bursts."""
+ENDING_S = 2.0
+"""A close waits no longer for a disk that hangs."""
+
+
+class Store(Protocol):
+    """Where an engine's wishes for the disk go; it answers with events."""
+
+    @property
+    def error(self) -> SpillError | None:
+        """Why the last write was refused; None if it was not."""
+
+    def ask(self, wish: Wish) -> None:
+        """Do this after all that was asked before. Called under the engine's lock; never blocks."""
+
+    def close(self) -> None:
+        """No more; what is in the log is not needed any longer."""
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the parent's files without touching them."""
+
+
+class Storekeeper:
+    """Does what is asked for with a spill log, which begins with the first write. Not thread-safe."""
+
+    def __init__(self, incarnation: int, open_log: Callable[[], SpillLog]) -> None:
+        self._incarnation, self._open_log = incarnation, open_log
+        self._log: SpillLog | None = None
+        self._named: set[int] = set()
+        self.error: SpillError | None = None
+
+    def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
+        """All of them, in order; appends that follow each other are one write."""
+        outcomes: list[Outcome] = []
+        for kind, some in groupby(wishes, key=type):
+            if kind is AppendRecords:
+                outcomes.append(self._append([wish for wish in some if isinstance(wish, AppendRecords)]))
+                continue
+            for wish in some:
+                if isinstance(wish, LoadRecords):
+                    outcomes.append(RecordsLoaded(wish.feed, tuple(self._load(wish.feed, at) for at in wish.firsts)))
+                elif isinstance(wish, ReleaseRecords):
+                    self._release(wish)
+        return outcomes
+
+    def _append(self, wishes: Sequence[AppendRecords]) -> WriteFinished | WriteFailed:
+        try:
+            if self._log is None:
+                self._log = self._open_log()
+            self._log.append([entry for wish in wishes for entry in self._entries(wish)])
+        except SpillError as error:
+            if self.error is None:
+                log.warning("publishers wait for room in memory, the spill log refuses: %s", error)
+            self.error = error
+            return WriteFailed(wishes[0].number, wishes[-1].number, str(error))
+        self._named.update(wish.feed for wish in wishes)
+        if self.error is not None:
+            log.warning("the spill log takes records again")
+        self.error = None
+        return WriteFinished(wishes[-1].number)
+
+    def _entries(self, wish: AppendRecords) -> Iterable[Entry]:
+        """The burst, and before the first of a feed its name."""
+        if wish.feed not in self._named:
+            yield Entry(Kind.FEED, wish.feed, self._incarnation, 0, 0, wish.topic.encode())
+        yield Entry(Kind.BURST, wish.feed, self._incarnation, wish.first, wish.count, wish.frame, wish.payloads)
+
+    def _load(self, feed: int, first: int) -> LoadedBurst:
+        try:
+            assert self._log is not None, "what was never written is never asked for"
+            entry = self._log.read(feed, first)
+        except SpillError as error:
+            log.error("a burst in the spill log is lost: %s", error)
+            return LoadedBurst(first, None, None)
+        return LoadedBurst(first, bytes(entry.frame), dict(entry.payloads) or None)
+
+    def _release(self, wish: ReleaseRecords) -> None:
+        try:
+            if self._log is not None:
+                self._log.release(wish.feed, wish.below)
+        except SpillError as error:
+            log.warning("segments of the spill log cannot be deleted: %s", error)
+
+    def close(self) -> None:
+        """Nobody needs what is in the log any more."""
+        spill, self._log = self._log, None
+        if spill is not None:
+            try:
+                spill.destroy()
+            except SpillError as error:
+                log.warning("the spill log is left behind: %s", error)
+
+    def abandon(self) -> None:
+        """In a forked child."""
+        spill, self._log = self._log, None
+        if spill is not None:
+            spill.abandon()
+
+
+class NoStore:
+    """An engine without a disk: it refuses."""
+
+    error: SpillError | None = None
+
+    def __init__(self, answer: Callable[[Outcome], None]) -> None:
+        self._answer = answer
+
+    def ask(self, wish: Wish) -> None:
+        """Refused."""
+        if isinstance(wish, AppendRecords):
+            self._answer(WriteFailed(wish.number, wish.number, "there is no disk"))
+
+    def close(self) -> None:
+        """There is nothing."""
+
+    def abandon(self) -> None:
+        """There is nothing."""
+
+
+class ThreadedStore:
+    """The storage thread. It begins with the first wish."""
+
+    def __init__(self, engine: Engine, keeper: Storekeeper) -> None:
+        self._engine, self._keeper = engine, keeper
+        self._wishes: SimpleQueue[Wish | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def error(self) -> SpillError | None:
+        """Why the last write was refused; None if it was not."""
+        return self._keeper.error
+
+    def ask(self, wish: Wish) -> None:
+        """Do this after all that was asked before. Called under the engine's lock; never blocks."""
+        if self._thread is None:
+            name = f"fabric-disk-{self._engine.card.name}"
+            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+            self._thread.start()
+        self._wishes.put(wish)
+
+    def _run(self) -> None:
+        while self._engine.guarded(self._work):
+            pass
+        self._keeper.close()
+
+    def _work(self) -> bool:
+        """What is asked for now, or next; false at the end."""
+        wishes = self._next()
+        for outcome in self._keeper.work(wishes or ()):
+            self._engine.submit(outcome)
+        return wishes is not None
+
+    def _next(self) -> list[Wish] | None:
+        """Wait for a wish; it, and those that wait behind it. None at the end."""
+        wishes: list[Wish] = []
+        wish = self._wishes.get()
+        while wish is not None:
+            wishes.append(wish)
+            if len(wishes) == AT_ONCE_MAX:
+                break
+            try:
+                wish = self._wishes.get_nowait()
+            except Empty:
+                break
+        if wish is None:
+            return None
+        return wishes
+
+    def close(self) -> None:
+        """No more; what is in the log is not needed any longer. Twice is once."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._wishes.put(None)
+            thread.join(ENDING_S)
+
+    def abandon(self) -> None:
+        """In a forked child: the thread is not here."""
+        self._thread = None
+        self._keeper.abandon()

@@ -1,0 +1,80 @@
+"""Where the spill log of a member lies while the member lives, and the removal of what the killed left behind.
+
+A base directory holds one directory for each log. Names are hashes: no text of a user becomes a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from xxhash import xxh3_64_hexdigest
+
+from fabric.config import Spill
+from fabric.errors import SpillError
+from fabric.storage.disk import OS_DISK, Directory, Disk
+from fabric.storage.segments import LOCK
+from fabric.storage.spill import SpillLog
+
+__all__ = ["base_of", "open_home", "sweep"]
+
+log = logging.getLogger("fabric.storage")
+
+_NAME = re.compile(r"life-[0-9a-f]{16}")
+
+
+def base_of(limits: Spill) -> Path:
+    """The directory under which logs lie: the one that is set, or a private one among the temporary files."""
+    return limits.directory or Path(tempfile.gettempdir()) / f"tensor-fabric-spill-{os.geteuid()}"
+
+
+def open_home(limits: Spill, job: str, name: str, incarnation: int, *, disk: Disk = OS_DISK) -> SpillLog:
+    """The log of one life of a member. Raises as `SpillLog.open`."""
+    base = base_of(limits)
+    disk.enter(
+        base
+    ).close()  # it has to be private, too: who may rename in it could put another log in the place of ours
+    key = xxh3_64_hexdigest(f"{job}\0{name}\0{incarnation}".encode())
+    return SpillLog.open(base / f"life-{key}", limits, disk=disk, incarnation=incarnation)
+
+
+def sweep(limits: Spill, *, disk: Disk = OS_DISK) -> int:
+    """Remove the logs whose members were killed: nobody holds their locks. Returns how many there were."""
+    base = base_of(limits)
+    if not base.is_dir():
+        return 0
+    swept = 0
+    try:
+        directory = disk.enter(base)
+    except SpillError as error:
+        log.warning("what killed members left is not looked for: %s", error)
+        return 0
+    with contextlib.closing(directory):
+        for name in directory.names():
+            if _NAME.fullmatch(name):
+                swept += _remove(base / name, disk)
+    return swept
+
+
+def _remove(path: Path, disk: Disk) -> bool:
+    try:
+        with contextlib.closing(disk.enter(path)) as directory:
+            _remove_files(directory)
+    except BlockingIOError:
+        return False  # its member lives
+    except (SpillError, OSError) as error:
+        log.warning("what a killed member left in %s cannot be removed: %s", path, error)
+        return False
+    return True
+
+
+def _remove_files(directory: Directory) -> None:
+    with contextlib.closing(directory.open(LOCK, create=True)) as lock:
+        lock.lock()
+        for name in directory.names():
+            directory.unlink(name)
+        directory.remove()

@@ -1,0 +1,89 @@
+"""The disk of one member of a world: it does what is asked after a while of the world's time, or refuses."""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from fabric.engine.loop import Engine
+from fabric.engine.storing import Outcome, Storekeeper, Wish
+from fabric.errors import SpillError
+from fabric.storage.spill import SpillLog
+from fabric.testing.disks import FakeDisk
+
+__all__ = ["DiskPlan", "WorldStore"]
+
+MS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskPlan:
+    """What goes wrong on the disks of a world; default: nothing, and every disk is as fast as memory."""
+
+    delay_ms: float = 0.0
+    """The longest that a disk takes for what it is asked."""
+    refusals: float = 0.0
+    """Probability that a write finds the disk full."""
+
+
+class WorldStore:
+    """A `Store` on a fake disk of its own."""
+
+    def __init__(self, engine: Engine, plan: DiskPlan, seed: str) -> None:
+        self._engine, self._plan, self._rng = engine, plan, Random(seed)
+        self.disk = FakeDisk()
+        self._keeper = Storekeeper(engine.card.incarnation, self._open)
+        self._wishes: deque[tuple[int, Wish]] = deque()
+
+    def _open(self) -> SpillLog:
+        rng = self._rng
+        return SpillLog.open(
+            Path(f"/spill/{self._engine.card.name}/{self._engine.card.incarnation}"),
+            self._engine.config.spill,
+            disk=self.disk,
+            incarnation=self._engine.card.incarnation,
+            clock=self._engine.wall_ns,
+            identity=lambda size: rng.getrandbits(8 * size).to_bytes(size, "little"),
+        )
+
+    @property
+    def error(self) -> SpillError | None:
+        """Why the last write was refused; None if it was not."""
+        return self._keeper.error
+
+    def ask(self, wish: Wish) -> None:
+        """Do this after all that was asked before."""
+        due_ns = self._engine.clock() + int(self._rng.random() * self._plan.delay_ms * MS)
+        self._wishes.append((max(due_ns, self._wishes[-1][0] if self._wishes else 0), wish))
+
+    def next_due_ns(self) -> int | None:
+        """When it is done with something next."""
+        return self._wishes[0][0] if self._wishes else None
+
+    def work(self, now_ns: int) -> bool:
+        """Be done with what is due; whether there was something."""
+        due = [wish for due_ns, wish in self._wishes if due_ns <= now_ns]
+        for _ in due:
+            self._wishes.popleft()
+        for outcome in self._done(due):
+            self._engine.submit(outcome)
+        return bool(due)
+
+    def _done(self, wishes: list[Wish]) -> list[Outcome]:
+        if wishes and self._rng.random() < self._plan.refusals:
+            for nth in (1, 2):  # a log tries twice
+                self.disk.fail("write", nth, errno.ENOSPC)
+        outcomes = self._keeper.work(wishes)
+        self.disk.steps.clear()  # nobody plays crashes of this disk: they need not be remembered
+        return outcomes
+
+    def close(self) -> None:
+        """No more."""
+        self._wishes.clear()
+        self._keeper.close()
+
+    def abandon(self) -> None:
+        """Nobody forks here."""
