@@ -121,7 +121,6 @@ def recover(directory: Directory, take: Take, *, sync: bool = False) -> Iterator
             yield _examine(current, None, take)
             if sync:
                 current.file.sync()
-                directory.sync()
     finally:
         if current is not None:
             current.file.close()

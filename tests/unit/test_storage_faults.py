@@ -102,6 +102,29 @@ def test_f32_a_failed_sync_is_mended_elsewhere_from_what_was_kept() -> None:
     found.close()
 
 
+def test_f32_only_what_was_not_synced_is_kept_and_written_again() -> None:
+    disk = FakeDisk()
+    log = begun(disk, keep_unsynced=True)
+    log.sync()
+    log.append([burst(1)])
+    disk.fail("sync")
+    log.sync()
+    places = [log._contents.exactly(FEED, first) for first in (0, 1)]
+    assert [place.segment for place in places if place is not None] == [0, 1]
+    log.close()
+
+
+def test_f32_what_a_dead_process_left_unsynced_is_durable_once_it_is_found() -> None:
+    disk = FakeDisk()
+    log = begun(disk, keep_unsynced=True)
+    log.append([burst(1, frame=bytes(900))])
+    log.abandon()
+    log = opened(disk, keep_unsynced=True)
+    after = disk.crashed(len(disk.steps))
+    log.close()
+    assert reopened(after) == [0, 1]
+
+
 def test_f32_a_sealed_segment_that_cannot_be_synced_is_mended_and_expires_without_a_loss() -> None:
     disk, clock = FakeDisk(), Clock()
     log = begun(disk, small(age_s=100), keep_unsynced=True, clock=clock)
