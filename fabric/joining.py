@@ -165,7 +165,9 @@ class Entry:
         )
         engine = self._engine = Engine(_to_event(self.card), self.config, transport, time.monotonic_ns, self.waits)
         keeper = Storekeeper(
-            self.card.incarnation, lambda: open_home(self.config.spill, job, name, self.card.incarnation)
+            self.card.incarnation,
+            lambda: open_home(self.config.spill, job, name, self.card.incarnation),
+            time.time_ns,
         )
         engine.store = ThreadedStore(engine, keeper)
         self._membership = ProcessMembership(engine, self.waits, self.leave)

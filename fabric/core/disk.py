@@ -15,6 +15,7 @@ __all__ = [
     "AppendRecords",
     "LoadRecords",
     "LoadedBurst",
+    "RecordsExpired",
     "RecordsLoaded",
     "ReleaseRecords",
     "WriteFailed",
@@ -55,6 +56,15 @@ class RecordsLoaded:
 
     feed: int
     bursts: tuple[LoadedBurst, ...]
+
+
+@crossing
+class RecordsExpired:
+    """The log gave up what it held of a feed from `first` to `end`: nobody had fetched it for too long."""
+
+    feed: int
+    first: int
+    end: int
 
 
 # Commands.

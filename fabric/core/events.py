@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from fabric.config import Delivery, Policy, Start
 from fabric.core.cards import Card
-from fabric.core.disk import AppendRecords, LoadRecords, RecordsLoaded, ReleaseRecords, WriteFailed, WriteFinished
+from fabric.core.disk import (
+    AppendRecords,
+    LoadRecords,
+    RecordsExpired,
+    RecordsLoaded,
+    ReleaseRecords,
+    WriteFailed,
+    WriteFinished,
+)
 from fabric.core.seam import Buffer, crossing
 
 if TYPE_CHECKING:
@@ -46,6 +54,7 @@ __all__ = [
     "PeerDied",
     "PlaceChunk",
     "ProbePeer",
+    "RecordsExpired",
     "RecordsLoaded",
     "ReleaseRecords",
     "ReplyIssued",

@@ -79,6 +79,7 @@ class FabricCore:
             events.WriteFinished: self.publishing.spilling.on_finished,
             events.WriteFailed: self.publishing.spilling.on_failed,
             events.RecordsLoaded: self._on_records_loaded,
+            events.RecordsExpired: self._on_records_expired,
         }
 
     def _by_kind(self) -> dict[Kind, Callable[[Peer, Sequence[Any]], None]]:
@@ -350,6 +351,9 @@ class FabricCore:
         spilling = self.publishing.spilling
         spilling.on_loaded(self.publishing.by_id[event.feed], event.bursts)
         spilling.ask_again(self._ask_again)
+
+    def _on_records_expired(self, event: events.RecordsExpired) -> None:
+        self.publishing.spilling.on_expired(self.publishing.by_id[event.feed], event.first, event.end)
 
     def _ask_again(self, question: Question) -> None:
         """On behalf of who still waits for the answer."""

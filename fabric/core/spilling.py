@@ -74,7 +74,8 @@ class Spilling:
             )
 
     def on_finished(self, event: WriteFinished) -> None:
-        """These bursts need no memory any more."""
+        """These bursts need no memory any more. A disk that takes some is worth asking for the rest."""
+        self._refused_until_ns = 0
         for number in [number for number in self._writes if number <= event.number]:
             self._retention.written(*self._writes.pop(number), done=True)
             self._context.counts["bursts_spilled"] += 1
@@ -87,6 +88,12 @@ class Spilling:
         self._context.counts["writes_failed"] += 1
         self._refused_until_ns = self._context.now + RETRY_NS
         self._context.wake_by(self._refused_until_ns)
+
+    def on_expired(self, out: OutFeed, first: int, end: int) -> None:
+        """Nobody fetched these for too long: they become a gap."""
+        for burst in [burst for burst in out.owed if first <= burst.first and burst.end <= end]:
+            self._retention.lose(out, burst)
+            self._context.counts["bursts_expired"] += 1
 
     def release(self) -> None:
         """Tell the disk what need not be kept."""

@@ -17,12 +17,13 @@ from fabric.core.disk import (
     AppendRecords,
     LoadedBurst,
     LoadRecords,
+    RecordsExpired,
     RecordsLoaded,
     ReleaseRecords,
     WriteFailed,
     WriteFinished,
 )
-from fabric.errors import SpillError
+from fabric.errors import SpillError, SpillFullError
 from fabric.storage.records import Entry, Kind
 
 if TYPE_CHECKING:
@@ -34,10 +35,12 @@ __all__ = ["NoStore", "Store", "Storekeeper", "ThreadedStore"]
 log = logging.getLogger("fabric.storage")
 
 Wish: TypeAlias = AppendRecords | LoadRecords | ReleaseRecords
-Outcome: TypeAlias = WriteFinished | WriteFailed | RecordsLoaded
+Outcome: TypeAlias = WriteFinished | WriteFailed | RecordsLoaded | RecordsExpired
 
 AT_ONCE_MAX = 256
 """Wishes in one go: 16 MiB of bursts."""
+EXPIRY_NS = 1_000_000_000
+"""Between two looks for what is too old: ages are hours."""
 ENDING_S = 2.0
 """A close waits no longer for a disk that hangs."""
 
@@ -62,8 +65,9 @@ class Store(Protocol):
 class Storekeeper:
     """Does what is asked for with a spill log, which begins with the first write. Not thread-safe."""
 
-    def __init__(self, incarnation: int, open_log: Callable[[], SpillLog]) -> None:
-        self._incarnation, self._open_log = incarnation, open_log
+    def __init__(self, incarnation: int, open_log: Callable[[], SpillLog], wall_ns: Callable[[], int]) -> None:
+        self._incarnation, self._open_log, self._wall_ns = incarnation, open_log, wall_ns
+        self._expires_ns = 0
         self._log: SpillLog | None = None
         self._named: set[int] = set()
         self.error: SpillError | None = None
@@ -73,36 +77,72 @@ class Storekeeper:
         outcomes: list[Outcome] = []
         for kind, some in groupby(wishes, key=type):
             if kind is AppendRecords:
-                outcomes.append(self._append([wish for wish in some if isinstance(wish, AppendRecords)]))
+                outcomes += self._append([wish for wish in some if isinstance(wish, AppendRecords)])
                 continue
             for wish in some:
                 if isinstance(wish, LoadRecords):
                     outcomes.append(RecordsLoaded(wish.feed, tuple(self._load(wish.feed, at) for at in wish.firsts)))
                 elif isinstance(wish, ReleaseRecords):
                     self._release(wish)
+        return outcomes + self._expire()
+
+    def _expire(self) -> list[Outcome]:
+        """What is too old; looked for now and then."""
+        spill, now = self._log, self._wall_ns()
+        if spill is None or now < self._expires_ns:
+            return []
+        self._expires_ns = now + EXPIRY_NS
+        try:
+            lost = spill.expire(now)
+        except SpillError as error:
+            log.warning("segments of the spill log that are too old cannot be deleted: %s", error)
+            return []
+        if lost:
+            log.warning("the spill log gave up what nobody fetched for too long: %s", lost[:8])
+        return [RecordsExpired(span.feed, span.first, span.end) for span in lost]
+
+    def _append(self, wishes: Sequence[AppendRecords]) -> list[Outcome]:
+        """All of them together; where there is no room for all, as many as there is room for."""
+        refusal = self._write(wishes)
+        done = 0 if refusal else len(wishes)
+        if isinstance(refusal, SpillFullError) and len(wishes) > 1:
+            while done < len(wishes) and (refusal := self._write(wishes[done : done + 1])) is None:
+                done += 1
+        self._note(refusal)
+        outcomes: list[Outcome] = []
+        if done:
+            outcomes.append(WriteFinished(wishes[done - 1].number))
+        if refusal is not None:
+            outcomes.append(WriteFailed(wishes[done].number, wishes[-1].number, str(refusal)))
         return outcomes
 
-    def _append(self, wishes: Sequence[AppendRecords]) -> WriteFinished | WriteFailed:
+    def _write(self, wishes: Sequence[AppendRecords]) -> SpillError | None:
+        """Why nothing of it was taken; None if it was."""
         try:
             if self._log is None:
                 self._log = self._open_log()
-            self._log.append([entry for wish in wishes for entry in self._entries(wish)])
+            self._log.append(self._entries(wishes))
         except SpillError as error:
-            if self.error is None:
-                log.warning("publishers wait for room in memory, the spill log refuses: %s", error)
-            self.error = error
-            return WriteFailed(wishes[0].number, wishes[-1].number, str(error))
+            return error
         self._named.update(wish.feed for wish in wishes)
-        if self.error is not None:
-            log.warning("the spill log takes records again")
-        self.error = None
-        return WriteFinished(wishes[-1].number)
+        return None
 
-    def _entries(self, wish: AppendRecords) -> Iterable[Entry]:
-        """The burst, and before the first of a feed its name."""
-        if wish.feed not in self._named:
-            yield Entry(Kind.FEED, wish.feed, self._incarnation, 0, 0, wish.topic.encode())
-        yield Entry(Kind.BURST, wish.feed, self._incarnation, wish.first, wish.count, wish.frame, wish.payloads)
+    def _note(self, refusal: SpillError | None) -> None:
+        """Say it once, however often it is refused."""
+        if refusal is not None and self.error is None:
+            log.warning("publishers wait for room in memory, the spill log refuses: %s", refusal)
+        elif refusal is None and self.error is not None:
+            log.warning("the spill log takes records again")
+        self.error = refusal
+
+    def _entries(self, wishes: Sequence[AppendRecords]) -> list[Entry]:
+        """The names of feeds that the log does not know, and then the bursts."""
+        fresh = {wish.feed: wish.topic for wish in wishes if wish.feed not in self._named}
+        names = [Entry(Kind.FEED, feed, self._incarnation, 0, 0, topic.encode()) for feed, topic in fresh.items()]
+        return names + [
+            Entry(Kind.BURST, wish.feed, self._incarnation, wish.first, wish.count, wish.frame, wish.payloads)
+            for wish in wishes
+        ]
 
     def _load(self, feed: int, first: int) -> LoadedBurst:
         try:

@@ -35,7 +35,7 @@ class WorldStore:
     def __init__(self, engine: Engine, plan: DiskPlan, seed: str) -> None:
         self._engine, self._plan, self._rng = engine, plan, Random(seed)
         self.disk = FakeDisk()
-        self._keeper = Storekeeper(engine.card.incarnation, self._open)
+        self._keeper = Storekeeper(engine.card.incarnation, self._open, engine.wall_ns)
         self._wishes: deque[tuple[int, Wish]] = deque()
 
     def _open(self) -> SpillLog:

@@ -192,7 +192,8 @@ def test_what_a_killed_member_left_is_removed_though_its_worker_lives(tmp_path: 
     ):
         inbox.receive(timeout_s=30)
         worker = victim.hear(60)["worker"]
-        assert files(disk)
+        with join(config_of(disk)):
+            assert files(disk), "its owner lives"
         victim.signal(signal.SIGKILL)
         victim.exit_code()
         os.kill(worker, 0)  # it is there

@@ -10,6 +10,7 @@ from tests.harness.pair import Link
 from tests.harness.shelf import Shelf
 from tests.unit.test_publishing import told
 
+MIB = 1024 * 1024
 MEMORY = 2_000
 CONFIG = FabricConfig(retention=Retention(owed_bytes_max=MEMORY, kept_bytes_max=1_000))
 
@@ -235,3 +236,46 @@ def test_who_left_is_not_answered() -> None:
     commands = link.do("a", events.RecordsLoaded(out.feed, frames))
     assert told(commands, Kind.REPAIR) == []
     assert core.publishing.retention.spilled_bytes == 0
+
+
+def test_what_the_log_gave_up_for_its_age_is_a_gap() -> None:
+    link, shelf = stalled()
+    publish(link, 50)
+    shelf.work()
+    out = link["a"].core.publishing.feeds["t"]
+    link.do("a", events.RecordsExpired(out.feed, 0, 5))
+    for _ in range(200):
+        link.run(20)
+        shelf.work()
+    assert [(gap.first, gap.end) for gap in link["b"].of(events.ReportGap)] == [(0, 5)]
+    assert link["b"].offsets("t") == list(range(5, 50))
+    assert link["a"].counts["bursts_expired"] == 5
+
+
+def test_a_disk_is_not_asked_to_write_everything_at_once() -> None:
+    link, shelf = stalled(FabricConfig(retention=Retention(owed_bytes_max=100 * MIB, kept_bytes_max=1_000)))
+    for _ in range(80):
+        link.publish("a", "t", payloads={0: bytes(MIB)}, spills=True)
+        link.drop()
+    writes = [command for command in shelf.asked() if isinstance(command, events.AppendRecords)]
+    assert len(writes) == 16
+    link.do("a", events.WriteFinished(writes[-1].number))
+    assert len(shelf.asked()) == 15, "until half of the memory is free"
+
+
+def test_a_disk_that_takes_some_is_asked_for_the_rest_at_once() -> None:
+    link, shelf = stalled()
+    publish(link, 30)
+    writes = [command for command in shelf.asked() if isinstance(command, events.AppendRecords)]
+    link.do("a", events.WriteFailed(writes[0].number, writes[-2].number, "no space left"))
+    assert shelf.asked() == []
+    link.do("a", events.WriteFinished(writes[-1].number))
+    again = [command for command in shelf.asked() if isinstance(command, events.AppendRecords)]
+    assert [command.first for command in again] == [command.first for command in writes[:-1]], "in their order"
+    for command in (writes[-1], *again):
+        shelf.bursts[command.feed, command.first] = command
+    link.do("a", events.WriteFinished(again[-1].number))
+    for _ in range(100):
+        link.run(20)
+        shelf.work()
+    assert link["b"].offsets("t") == list(range(30))
