@@ -10,6 +10,7 @@ import sys
 
 from perf import (
     bench_demo,
+    bench_outage,
     bench_records,
     bench_request,
     bench_spill,
@@ -23,7 +24,16 @@ from perf.harness import Report, main
 def run(arguments: argparse.Namespace) -> Report:
     """All benchmarks, one after the other."""
     whole = Report()
-    for bench in (bench_records, bench_tensors, bench_request, bench_train_step, bench_demo, bench_topics, bench_spill):
+    for bench in (
+        bench_records,
+        bench_tensors,
+        bench_request,
+        bench_train_step,
+        bench_demo,
+        bench_topics,
+        bench_spill,
+        bench_outage,
+    ):
         print(f"{bench.__name__} ...", file=sys.stderr, flush=True)
         try:
             report = bench.run(arguments)

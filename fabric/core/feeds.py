@@ -6,7 +6,7 @@ What is owed of a feed that spills may lie on disk, its oldest first: see `spill
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -73,10 +73,12 @@ class OutFeed:
         "newest",
         "owed",
         "policy",
+        "queued",
         "readers",
         "released",
         "spills",
         "topic",
+        "unwritten",
     )
 
     def __init__(self, feed: int, topic: str, policy: Policy, incarnation: int, *, spills: bool = False) -> None:
@@ -84,12 +86,14 @@ class OutFeed:
         self.end = self.acknowledged = self.evicted = self.released = 0
         self.kept: deque[StoredBurst] = deque()
         self.owed: deque[StoredBurst] = deque()
+        self.unwritten: deque[StoredBurst] = deque()
+        """Those of the owed that the disk may still be asked to take, in their order; only of a feed that spills."""
         self.readers: dict[Reader, int] = {}
         self.listeners: set[Reader] = set()
         """Subscriptions that follow without being owed anything."""
         self.newest: dict[int, StoredBurst] = {}
         """The burst that holds each seed's newest record; `latest` only."""
-        self.closed = False
+        self.closed = self.queued = False
         self.last_data_ns = self.marked_ns = 0
 
     @property
@@ -164,8 +168,8 @@ class Retention:
         corrected."""
         self.spilled_bytes = self.writing_bytes = 0
         """Owed and on disk; asked to be written."""
-        self.unwritten: deque[tuple[OutFeed, StoredBurst]] = deque()
-        """Owed bursts of feeds that spill, oldest first, for the disk when memory is full; some are owed no more."""
+        self._unwritten: list[tuple[int, int, OutFeed]] = []
+        """A heap of feeds with unwritten bursts, by the serial of the first at the time of entry, as `_oldest`."""
         self.released: dict[int, int] = {}
         """Feeds of which the disk need not keep what lies below these offsets."""
 
@@ -184,7 +188,8 @@ class Retention:
             out.owed.append(burst)
             self.owed_bytes += burst.size
             if out.spills:
-                self.unwritten.append((out, burst))
+                out.unwritten.append(burst)
+                self._queue(out)
             return burst
         if not out.readers:
             out.acknowledged = out.end
@@ -221,6 +226,8 @@ class Retention:
         out.acknowledged = max(out.acknowledged, min(out.readers.values(), default=out.end))
         while out.owed and out.owed[0].end <= out.acknowledged:
             burst = out.owed.popleft()
+            if out.unwritten and out.unwritten[0] is burst:
+                out.unwritten.popleft()
             if burst.place is not Place.MEMORY:
                 self.released[out.feed] = out.released = out.acknowledged
             if burst.place is Place.DISK:
@@ -248,8 +255,9 @@ class Retention:
             self.kept_bytes -= burst.size
             self.owed_bytes += burst.size
             out.owed.appendleft(burst)
-            if out.spills:
-                self.unwritten.appendleft((out, burst))
+            # What the disk was told to forget stays in memory: it is history, and bounded.
+            if out.spills and burst.end > out.released:
+                self._wait_for_disk(out, burst)
 
     def evict(self) -> None:
         """Let the oldest kept bursts of all feeds go until the history is within its ceiling."""
@@ -281,14 +289,31 @@ class Retention:
 
     def write_next(self, most: int) -> tuple[OutFeed, StoredBurst] | None:
         """The oldest burst for the disk, while more than `most` bytes are owed in memory and not being written."""
-        while self.unwritten and self.owed_bytes - self.writing_bytes > most:
-            out, burst = self.unwritten.popleft()
-            # What the disk was told to forget stays in memory, should it be owed again: it is history, and bounded.
-            if burst.place is Place.MEMORY and burst.end > out.released and self._is_owed(out, burst):
+        if self.owed_bytes - self.writing_bytes <= most:
+            return None
+        while self._unwritten:
+            serial, _, out = heappop(self._unwritten)
+            out.queued = False
+            burst = out.unwritten[0] if out.unwritten else None
+            if burst is not None and burst.serial == serial:
+                out.unwritten.popleft()
                 burst.place = Place.WRITING
                 self.writing_bytes += burst.size
+            self._queue(out)
+            if burst is not None and burst.place is Place.WRITING:
                 return out, burst
         return None
+
+    def _queue(self, out: OutFeed) -> None:
+        """The heap has one entry of a feed with unwritten bursts, and at most one of any other."""
+        if out.unwritten and not out.queued:
+            out.queued = True
+            heappush(self._unwritten, (out.unwritten[0].serial, out.feed, out))
+
+    def _wait_for_disk(self, out: OutFeed, burst: StoredBurst) -> None:
+        """A burst among those that wait for the disk; before most of them."""
+        insort(out.unwritten, burst, key=_end_of)
+        self._queue(out)
 
     def written(self, out: OutFeed, burst: StoredBurst, *, done: bool) -> None:
         """A write is over. What was acknowledged meanwhile stays where it is."""
@@ -297,7 +322,7 @@ class Retention:
             return
         if not done:
             burst.place = Place.MEMORY
-            self.unwritten.appendleft((out, burst))
+            self._wait_for_disk(out, burst)
             return
         burst.place = Place.DISK
         burst.frame, burst.payloads = b"", None
@@ -306,14 +331,9 @@ class Retention:
 
     def lose(self, out: OutFeed, burst: StoredBurst) -> None:
         """A burst on disk is damaged: it becomes a gap."""
-        if burst.place is Place.DISK and self._is_owed(out, burst):
+        if burst.place is Place.DISK and burst.end > out.acknowledged:
             out.owed.remove(burst)
             self.spilled_bytes -= burst.size
-
-    @staticmethod
-    def _is_owed(out: OutFeed, burst: StoredBurst) -> bool:
-        """What was history in between may be owed again."""
-        return burst.end > out.acknowledged and out.find(burst.first) is burst
 
     def check_invariants(self, feeds: Iterable[OutFeed]) -> None:
         """Assert the sums, and that `owed` is what some reader needs (I6, I7)."""
@@ -325,6 +345,9 @@ class Retention:
         for out in feeds:
             assert out.first_available <= out.end
             assert all(burst.end > out.acknowledged for burst in out.owed)
+            waiting = [burst for burst in out.owed if burst.place is Place.MEMORY and burst.end > out.released]
+            assert list(out.unwritten) == (waiting if out.spills else [])
+            assert out.queued or not out.unwritten
 
 
 def _end_of(burst: StoredBurst) -> int:

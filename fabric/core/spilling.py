@@ -52,7 +52,7 @@ class Spilling:
     def write(self) -> None:
         """Ask the disk to take what memory should not have to hold."""
         retention = self._retention
-        if not retention.unwritten or self._context.now < self._refused_until_ns:
+        if self._context.now < self._refused_until_ns:
             return
         while retention.writing_bytes < WRITING_BYTES_MAX:
             found = retention.write_next(retention.owed_bytes_max // 2)

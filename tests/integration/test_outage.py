@@ -1,0 +1,26 @@
+"""A cable that is pulled: two network namespaces, a stream over tcp, a link that goes down and comes up again."""
+
+from __future__ import annotations
+
+import pytest
+
+from fabric.config import BURST_BYTES_MAX, Retention
+from perf.bench_outage import outage, reason_to_skip
+from tests.harness.figures import show
+from transports.base import SocketLimits
+
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
+
+MIB = 1024 * 1024
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(reason_to_skip() is not None, reason=f"network namespaces: {reason_to_skip()}")
+def test_f11_a_partition_loses_nothing_and_holds_nobody_back() -> None:
+    told = outage(5.0)  # which raises unless all arrive, each lane in order, without a gap
+    show(f"partition of 5 s: {told}")
+    assert told["spilled"] > 0
+    assert told["waited"] == 0, "the publisher was held back"
+    queue = SocketLimits().data_frames * BURST_BYTES_MAX
+    bound = (queue + Retention().owed_bytes_max + Retention().kept_bytes_max) * 5 // 4 + 64 * MIB
+    assert told["grown_mib"] * MIB <= bound
