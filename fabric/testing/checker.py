@@ -351,6 +351,8 @@ def _causes(where: str, book: SubscriptionBook, lost: Lost, feed: FeedBook) -> I
         yield "I5", f"{where}: {lost}, and its publisher still has it"
     reader = (*book.owner.key, book.number)
     for offset in range(lost.first, lost.end or lost.first) if lost.lived else ():
+        if offset in feed.damaged:
+            continue
         removed = feed.removed.get(offset)
         if removed is None and feed.policy == "latest":
             continue  # an addressed value that was superseded before it was fetched

@@ -121,6 +121,8 @@ class FeedBook:
     newest: dict[int, int] = field(default_factory=dict)
     """By seed, the offset of its latest record."""
     removed: dict[int, Removed] = field(default_factory=dict)
+    damaged: set[int] = field(default_factory=set)
+    """Offsets that the publisher's disk lost."""
     first_available: int = 0
     readers: dict[tuple[str, int, int], int] = field(default_factory=dict)
 
@@ -187,6 +189,8 @@ class History:
         """By member's name, its incarnation, and subscription number."""
         self.executed: dict[tuple[str, int, str, int, int], int] = {}
         """How often a request ran: (responder, its incarnation, requester, its incarnation, request)."""
+        self._written: dict[tuple[int, int], tuple[FeedBook, int]] = {}
+        """By feed and first offset, the feed and end of each burst that was ever to be written to a disk."""
         self.findings: list[tuple[str, str]] = []
         """What was wrong the moment it was seen: (invariant, detail)."""
         self.events = 0
@@ -286,6 +290,8 @@ class History:
                 book.closed = True
         if type(event) is events.ControlReceived:
             self._note_answer(engine, event, commands)
+        if type(event) is events.RecordsLoaded:
+            self._note_damage(engine, event)
         self._note_retention(engine, event)
         self._note_progress(engine, event)
 
@@ -300,6 +306,16 @@ class History:
                         f"{engine.card.name} answered with {sum(sizes)} bytes within a credit of {message.fields[2]}",
                     )
                 )
+
+    def _note_writing(self, engine: Engine, command: events.AppendRecords) -> None:
+        key = FeedKey(engine.card.name, engine.card.incarnation, command.topic)
+        self._written[command.feed, command.first] = self.feeds[key], command.first + command.count
+
+    def _note_damage(self, engine: Engine, event: events.RecordsLoaded) -> None:
+        for first, frame, _ in event.bursts:
+            if frame is None:
+                book, end = self._written[event.feed, first]
+                book.damaged.update(range(first, end))
 
     def _note_retention(self, engine: Engine, event: object) -> None:
         for out in engine.core.publishing.feeds.values():
@@ -400,6 +416,7 @@ _NOTES: dict[type, Callable[[History, Engine, Any], None]] = {
     events.ReportGap: History._note_gap,
     events.EndFeed: History._note_end,
     events.ExecuteRequest: History._note_execution,
+    events.AppendRecords: History._note_writing,
 }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from fabric.core.disk import LoadRecords
 from fabric.engine.loop import Engine
 from fabric.engine.storing import Outcome, Storekeeper, Wish
 from fabric.errors import SpillError
@@ -27,6 +28,8 @@ class DiskPlan:
     """The longest that a disk takes for what it is asked."""
     refusals: float = 0.0
     """Probability that a write finds the disk full."""
+    damage: float = 0.0
+    """Probability that, before it reads, the disk flips a bit somewhere, or that a read fails."""
 
 
 class WorldStore:
@@ -76,9 +79,20 @@ class WorldStore:
         if wishes and self._rng.random() < self._plan.refusals:
             for nth in (1, 2):  # a log tries twice
                 self.disk.fail("write", nth, errno.ENOSPC)
+        if any(isinstance(wish, LoadRecords) for wish in wishes) and self._rng.random() < self._plan.damage:
+            self._damage()
         outcomes = self._keeper.work(wishes)
         self.disk.steps.clear()  # nobody plays crashes of this disk: they need not be remembered
         return outcomes
+
+    def _damage(self) -> None:
+        segments = [path for path in self.disk.files if "seg-" in path]
+        if not segments or self._rng.random() < 0.3:
+            self.disk.fail("read")
+            return
+        content = self.disk.content(self._rng.choice(sorted(segments)))
+        if content:
+            content[self._rng.randrange(len(content))] ^= 1 << self._rng.randrange(8)
 
     def close(self) -> None:
         """No more."""

@@ -128,7 +128,7 @@ def _with_disk(options: Options, seed: int) -> Options:
             free_bytes_min=1,
         ),
     )
-    disk = DiskPlan(delay_ms=pick([0, 1, 60]), refusals=pick([0, 0, 0.1, 0.5]))
+    disk = DiskPlan(delay_ms=pick([0, 1, 60]), refusals=pick([0, 0, 0.1, 0.5]), damage=pick([0, 0, 0.3]))
     return replace(options, publishers=publishers, config=config, disk=disk)
 
 
