@@ -337,6 +337,7 @@ class Publishing:
     def check_invariants(self) -> None:
         """Assert what must hold between feeds, retention and registrations."""
         self.retention.check_invariants(self.feeds.values())
+        self.spilling.check_invariants()
         for out in self.feeds.values():
             if out.policy is not Policy.LOSSY:
                 assert out.is_acknowledged or out.feed in self._pending, f"{out} would never be marked"

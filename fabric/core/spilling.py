@@ -166,6 +166,13 @@ class Spilling:
             self._current = self._parked.popleft() if self._parked else None
         self._asking = False
 
+    def check_invariants(self) -> None:
+        """Assert that no more is loaded than one answer needs, and the sums (I7)."""
+        assert self._loaded_bytes == sum(burst.size for burst in self._loaded)
+        most = 2 * self._context.config.repair.window_bytes
+        assert self._current is not None or self._loaded_bytes <= most or len(self._loaded) == 1
+        assert self._retention.writing_bytes == sum(burst.size for _, burst in self._writes.values())
+
     def forget(self) -> None:
         """Of what was loaded, the latest stays for a while: a large value is asked for in pieces."""
         most = 2 * self._context.config.repair.window_bytes

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.simulation.draw import DISK
 from tests.simulation.play import play
 from tests.simulation.soak import VARIANT_REST_S
+from tests.simulation.spill_variants import SPILL_VARIANTS
 from tests.simulation.test_rare_meetings import MEETINGS
 from tests.simulation.variants import VARIANTS, broken
 
@@ -52,6 +54,19 @@ CATCHES: dict[str, tuple[int, ...]] = {
     "settles_twice": (0, 2),
 }
 """Seeds that caught a variant, for a quick suite; `make soak SOAK=--variants` finds more."""
+SPILL_CATCHES: dict[str, tuple[int, ...]] = {
+    "released_too_early": (33, 31, 36),
+    "refused_is_written": (16, 19, 31),
+    "released_is_written_again": (72296249, 72296122),
+    "history_has_holes": (37, 33, 36),
+    "questions_are_forgotten": (16, 33),
+    "damage_is_ignored": (43,),
+    "nothing_is_let_go": (16, 33, 10),
+    "acknowledged_waits_for_the_disk": (0, 1, 5),
+    "damage_is_handed_on": (16, 31),
+    "refused_in_another_order": (10, 21, 9),
+}
+"""The same in worlds with a disk: without the bit that makes them so."""
 MORE_SEEDS = 40
 """Tried when those do not catch it any more, because the worlds or the core have changed."""
 
@@ -75,5 +90,17 @@ def test_a_core_without_this_rule_is_caught(name: str) -> None:
     pytest.fail(f"{name} got away: no seed catches it any more")
 
 
+@pytest.mark.parametrize("name", SPILL_VARIANTS)
+def test_a_spill_without_this_rule_is_caught(name: str) -> None:
+    for seed in (*SPILL_CATCHES.get(name, ()), *range(MORE_SEEDS)):
+        try:
+            with broken(SPILL_VARIANTS[name]):
+                play(seed | DISK, rest_s=VARIANT_REST_S)
+        except Exception:  # noqa: BLE001 - a violation, an assertion of the core, or a world that stands still
+            return
+    pytest.fail(f"{name} got away: no seed catches it any more")
+
+
 def test_the_table_names_variants_that_exist() -> None:
     assert set(CATCHES) <= set(VARIANTS)
+    assert set(SPILL_CATCHES) == set(SPILL_VARIANTS)
