@@ -162,7 +162,7 @@ def subscribe(arguments: argparse.Namespace) -> None:
         _say(received=received, ordered=ordered, gaps=len(inbox.gaps))
 
 
-def outage(seconds: float) -> dict[str, Any]:
+def outage(seconds: float, *, before_s: float = BEFORE_S, after_s: float = AFTER_S) -> dict[str, Any]:
     """One outage of so many seconds."""
     with ExitStack() as stack:
         stack.enter_context(namespaces())
@@ -171,13 +171,13 @@ def outage(seconds: float) -> dict[str, Any]:
         for side in (publisher, subscriber):
             stack.callback(side.end)
         publisher.hear()
-        time.sleep(BEFORE_S)
+        time.sleep(before_s)
         _ip("-n", "tfb", "link", "set", "tfb0", "down")
         time.sleep(seconds)
         _ip("-n", "tfb", "link", "set", "tfb0", "up")
         healed_ns = time.monotonic_ns()
         level = subscriber.hear()
-        time.sleep(AFTER_S)
+        time.sleep(after_s)
         publisher.tell()
         sent, got = publisher.hear(), subscriber.hear()
     if (got["received"], got["ordered"], got["gaps"]) != (sent["sent"], True, 0):
