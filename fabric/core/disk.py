@@ -24,11 +24,12 @@ __all__ = [
 
 
 class LoadedBurst(NamedTuple):
-    """A burst as it was read. `frame`: None if it is damaged."""
+    """A burst as it was read. `frame`: None if it could not be; then `lost` says whether it never will be."""
 
     first: int
     frame: bytes | None
     payloads: Mapping[int, Buffer] | None
+    lost: bool = False
 
 
 # Events.
@@ -36,14 +37,14 @@ class LoadedBurst(NamedTuple):
 
 @crossing
 class WriteFinished:
-    """All writes up to `number` are in the log."""
+    """All writes up to `number` that were not refused before are in the log."""
 
     number: int
 
 
 @crossing
 class WriteFailed:
-    """The disk refused the writes `first` to `number`; those before are in the log. `reason` says why."""
+    """The disk refused the writes `first` to `number`. `reason` says why."""
 
     first: int
     number: int

@@ -109,7 +109,10 @@ class BurstClosed:
 
 @crossing
 class RoomNeeded:
-    """A `drop_oldest` publisher needs `size` bytes: the oldest owed bursts of its feed give way for everybody."""
+    """A publisher needs `size` bytes.
+
+    Under `drop_oldest` the oldest owed bursts of its feed give way for everybody; under `spill` they go to disk.
+    """
 
     topic: str
     size: int

@@ -118,7 +118,7 @@ class OutFeed:
     def select(self, ranges: Iterable[tuple[int, int]], credit: int) -> tuple[list[StoredBurst], list[tuple[int, int]]]:
         """Bursts that hold the ranges, lowest first, within `credit` bytes of frames, one at least (P5).
 
-        And what of them is lost.
+        And what of them is lost. Of what has to be loaded the values count, too: they come into memory with it.
         """
         chosen: list[StoredBurst] = []
         lost = RangeSet()
@@ -130,7 +130,7 @@ class OutFeed:
                 if burst is None or burst.first >= end:
                     break
                 if not chosen or chosen[-1] is not burst:
-                    credit -= burst.frame_size
+                    credit -= burst.size if burst.place is Place.DISK else burst.frame_size
                     if credit < 0 and chosen:
                         break
                     chosen.append(burst)

@@ -136,7 +136,7 @@ class FabricCore:
         for peer in self.members.tick():
             self._hello(peer)
         self.publishing.tick()
-        self.publishing.spilling.tick()
+        self.publishing.spilling.tick(self._ask_again)
         self.subscribing.tick()
         self.fetching.tick()
         self.exchange.tick()
@@ -372,6 +372,9 @@ class FabricCore:
 
     def _on_room_needed(self, event: events.RoomNeeded) -> None:
         out = self.publishing.feeds[event.topic]
+        if out.spills:
+            self.publishing.spilling.make_room(event.size)
+            return
         self.context.counts["dropped_oldest"] += self.publishing.retention.drop_oldest(out, event.size)
 
     # Looking.

@@ -23,10 +23,18 @@ Question = tuple[Peer, Kind, Sequence[Any]]
 
 RETRY_NS = 1 * S
 """After the disk refused: space may come back, and a write that fails costs little."""
+READS_MAX = 10
+"""A read that fails so often, a second apart, is given up: what it was for becomes a gap, and those behind it go on."""
 WRITING_BYTES_MAX = 16 * 1024 * 1024
 """Asked of the disk at once: a tenth of a second of a slow one."""
 PARKED_MAX = 64
 """Questions of one peer that wait for the disk; it repeats what is not answered."""
+
+
+def _same(question: Question) -> tuple[Any, ...]:
+    """What two questions have in common if one answer serves both: all of a fetch but its token, a pull's feed."""
+    peer, kind, fields = question
+    return (peer.name, peer.incarnation, kind, *fields[: 1 if kind is Kind.PULL else 4])
 
 
 class Spilling:
@@ -36,7 +44,9 @@ class Spilling:
         self._context, self._retention = context, retention
         self._writes: dict[int, tuple[OutFeed, StoredBurst]] = {}
         """Writes under way, by number, in their order."""
-        self._number = self._refused_until_ns = 0
+        self._number = self._refused_until_ns = self._again_ns = self._failed_reads = 0
+        self._most = retention.owed_bytes_max // 2
+        """Owed in memory; what is more is written."""
         self._current: Question | None = None
         """The question that the disk is at, one at a time: so no more is loaded than one answer needs."""
         self._parked: deque[Question] = deque()
@@ -49,14 +59,20 @@ class Spilling:
 
     # Writing.
 
+    def make_room(self, size: int) -> None:
+        """A publisher waits for so many bytes, more than there are between half and all of the memory."""
+        self._most = max(0, min(self._most, self._retention.owed_bytes_max - size))
+        self.write()
+
     def write(self) -> None:
         """Ask the disk to take what memory should not have to hold."""
         retention = self._retention
         if self._context.now < self._refused_until_ns:
             return
         while retention.writing_bytes < WRITING_BYTES_MAX:
-            found = retention.write_next(retention.owed_bytes_max // 2)
+            found = retention.write_next(self._most)
             if found is None:
+                self._most = retention.owed_bytes_max // 2
                 break
             out, burst = found
             number = self._number = self._number + 1
@@ -103,15 +119,20 @@ class Spilling:
         released.clear()
         self.forget()
 
-    def tick(self) -> None:
-        """The disk may have room again."""
-        if self._refused_until_ns and self._context.now >= self._refused_until_ns:
+    def tick(self, ask: Callable[[Question], None]) -> None:
+        """The disk may have room again, or be able to read."""
+        now = self._context.now
+        if self._refused_until_ns and now >= self._refused_until_ns:
             self._refused_until_ns = 0
             self.write()
+        if self._again_ns and now >= self._again_ns:
+            self._again_ns, reads = 0, self._failed_reads
+            self.ask_again(ask)
+            self._failed_reads = reads if self._loading else 0
 
     def next_deadline_ns(self) -> int | None:
         """When the disk is asked again."""
-        return self._refused_until_ns or None
+        return min((due for due in (self._refused_until_ns, self._again_ns) if due), default=None)
 
     # Reading.
 
@@ -128,25 +149,27 @@ class Spilling:
         return True
 
     def _keep(self, question: Question) -> None:
-        """A pull takes the place of the one before it; of the rest there is a limit."""
-        peer, kind, fields = question
-        if kind is Kind.PULL:
-            self._parked = deque(
-                other for other in self._parked if (other[0], other[1], other[2][0]) != (peer, kind, fields[0])
-            )
+        """A question takes the place of the same one before it: a peer repeats what is not answered yet."""
+        peer, same = question[0], _same(question)
+        if question[1] is Kind.FETCH and self._current is not None and _same(self._current) == same:
+            return  # its answer is under way
+        self._parked = deque(other for other in self._parked if _same(other) != same)
         if sum(other[0] is peer for other in self._parked) >= PARKED_MAX:
             self._context.counts[Drop.NO_ROOM] += 1
         else:
             self._parked.append(question)
 
     def on_loaded(self, out: OutFeed, bursts: Iterable[LoadedBurst]) -> None:
-        """What the current question needs is here, or damaged."""
+        """What the current question needs is here, or damaged, or cannot be read just now."""
         self._loading = False
-        for first, frame, payloads in bursts:
+        for first, frame, payloads, lost in bursts:
             burst = out.find(first)
             if burst is None or burst.first != first or burst.place is not Place.DISK:
                 continue
-            if frame is None:
+            if frame is None and not lost and self._failed_reads < READS_MAX:
+                self._again_ns = self._context.now + RETRY_NS
+                self._context.wake_by(self._again_ns)
+            elif frame is None:
                 self._context.counts["bursts_damaged"] += 1
                 self._retention.lose(out, burst)
             elif not burst.frame:
@@ -157,6 +180,10 @@ class Spilling:
 
     def ask_again(self, ask: Callable[[Question], None]) -> None:
         """The current question, and those behind it until the disk is needed again."""
+        if self._again_ns:
+            self._failed_reads += 1
+            return
+        self._failed_reads = 0
         self._asking = True
         while self._current is not None:
             ask(self._current)

@@ -472,7 +472,7 @@ class Outbox:
     def _making_room(self, room: int) -> Steps[None]:
         """Wait until there is room, as `when_full` says. Raises `QueueFullError`."""
         engine = self.engine
-        if self.when_full is WhenFull.DROP_OLDEST:
+        if self.when_full in (WhenFull.DROP_OLDEST, WhenFull.SPILL):
             engine.submit(RoomNeeded(self.topic, room + self.budget.reserved))
             if self._has_room(room):
                 return

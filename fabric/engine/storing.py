@@ -39,8 +39,12 @@ Outcome: TypeAlias = WriteFinished | WriteFailed | RecordsLoaded | RecordsExpire
 
 AT_ONCE_MAX = 256
 """Wishes in one go: 16 MiB of bursts."""
+REFUSALS_MAX = 3
+"""After so many refusals in one go the disk is full, and not only too small for some."""
 EXPIRY_NS = 1_000_000_000
 """Between two looks for what is too old: ages are hours."""
+IDLE_S = 10.0
+"""The thread looks so often for what is too old, though nobody asks for anything."""
 ENDING_S = 2.0
 """A close waits no longer for a disk that hangs."""
 
@@ -74,7 +78,7 @@ class Storekeeper:
 
     def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
         """All of them, in order; appends that follow each other are one write."""
-        outcomes: list[Outcome] = []
+        outcomes = self._expire()  # first: nobody is answered with what is given up a moment later
         for kind, some in groupby(wishes, key=type):
             if kind is AppendRecords:
                 outcomes += self._append([wish for wish in some if isinstance(wish, AppendRecords)])
@@ -84,7 +88,7 @@ class Storekeeper:
                     outcomes.append(RecordsLoaded(wish.feed, tuple(self._load(wish.feed, at) for at in wish.firsts)))
                 elif isinstance(wish, ReleaseRecords):
                     self._release(wish)
-        return outcomes + self._expire()
+        return outcomes
 
     def _expire(self) -> list[Outcome]:
         """What is too old; looked for now and then."""
@@ -104,17 +108,25 @@ class Storekeeper:
     def _append(self, wishes: Sequence[AppendRecords]) -> list[Outcome]:
         """All of them together; where there is no room for all, as many as there is room for."""
         refusal = self._write(wishes)
-        done = 0 if refusal else len(wishes)
+        refused = list(wishes) if refusal else []
         if isinstance(refusal, SpillFullError) and len(wishes) > 1:
-            while done < len(wishes) and (refusal := self._write(wishes[done : done + 1])) is None:
-                done += 1
+            refusal, refused = self._write_singly(wishes)
         self._note(refusal)
-        outcomes: list[Outcome] = []
-        if done:
-            outcomes.append(WriteFinished(wishes[done - 1].number))
-        if refusal is not None:
-            outcomes.append(WriteFailed(wishes[done].number, wishes[-1].number, str(refusal)))
+        outcomes: list[Outcome] = [WriteFailed(wish.number, wish.number, str(refusal)) for wish in refused]
+        if len(refused) < len(wishes):
+            outcomes.append(WriteFinished(wishes[-1].number))  # of those that were not refused
         return outcomes
+
+    def _write_singly(self, wishes: Sequence[AppendRecords]) -> tuple[SpillError | None, list[AppendRecords]]:
+        """Step over what is too large for the room that is left, but do not try all where there is none."""
+        last: SpillError | None = None
+        refused: list[AppendRecords] = []
+        for wish in wishes:
+            refusal = self._write([wish]) if len(refused) < REFUSALS_MAX else last
+            if refusal is not None:
+                last = refusal
+                refused.append(wish)
+        return last, refused
 
     def _write(self, wishes: Sequence[AppendRecords]) -> SpillError | None:
         """Why nothing of it was taken; None if it was."""
@@ -123,6 +135,9 @@ class Storekeeper:
                 self._log = self._open_log()
             self._log.append(self._entries(wishes))
         except SpillError as error:
+            for part in (error, error.__cause__):
+                if part is not None:
+                    part.with_traceback(None)  # it would keep the whole group in memory
             return error
         self._named.update(wish.feed for wish in wishes)
         return None
@@ -145,12 +160,15 @@ class Storekeeper:
         ]
 
     def _load(self, feed: int, first: int) -> LoadedBurst:
+        spill = self._log
+        assert spill is not None, "what was never written is never asked for"
+        if spill.find(feed, first) is None:  # given up for its age, after it was asked for
+            return LoadedBurst(first, None, None, lost=True)
         try:
-            assert self._log is not None, "what was never written is never asked for"
-            entry = self._log.read(feed, first)
+            entry = spill.read(feed, first)
         except SpillError as error:
-            log.error("a burst in the spill log is lost: %s", error)
-            return LoadedBurst(first, None, None)
+            log.error("a burst in the spill log cannot be read: %s", error)
+            return LoadedBurst(first, None, None, lost=not isinstance(error.__cause__, OSError))
         return LoadedBurst(first, bytes(entry.frame), dict(entry.payloads) or None)
 
     def _release(self, wish: ReleaseRecords) -> None:
@@ -230,9 +248,12 @@ class ThreadedStore:
         return wishes is not None
 
     def _next(self) -> list[Wish] | None:
-        """Wait for a wish; it, and those that wait behind it. None at the end."""
+        """Wait for a wish; it, and those that wait behind it. None at the end, and now and then nothing."""
         wishes: list[Wish] = []
-        wish = self._wishes.get()
+        try:
+            wish = self._wishes.get(timeout=IDLE_S)
+        except Empty:
+            return wishes
         while wish is not None:
             wishes.append(wish)
             if len(wishes) == AT_ONCE_MAX:

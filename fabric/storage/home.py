@@ -15,7 +15,7 @@ from pathlib import Path
 from xxhash import xxh3_64_hexdigest
 
 from fabric.config import Spill
-from fabric.errors import SpillError
+from fabric.errors import SpillError, StateDirectoryError
 from fabric.storage.disk import OS_DISK, Directory, Disk
 from fabric.storage.segments import LOCK
 from fabric.storage.spill import SpillLog
@@ -28,8 +28,17 @@ _NAME = re.compile(r"life-[0-9a-f]{16}")
 
 
 def base_of(limits: Spill) -> Path:
-    """The directory under which logs lie: the one that is set, or a private one among the temporary files."""
-    return limits.directory or Path(tempfile.gettempdir()) / f"tensor-fabric-spill-{os.geteuid()}"
+    """The directory under which logs lie: the one that is set, or a private one among the temporary files.
+
+    Raises `StateDirectoryError` if there are no temporary files here.
+    """
+    if limits.directory is not None:
+        return Path(limits.directory)
+    try:
+        return Path(tempfile.gettempdir()) / f"tensor-fabric-spill-{os.geteuid()}"
+    except FileNotFoundError as error:
+        where = "the directory of temporary files"
+        raise StateDirectoryError("there is none that can be written; set spill.directory", directory=where) from error
 
 
 def open_home(limits: Spill, job: str, name: str, incarnation: int, *, disk: Disk = OS_DISK) -> SpillLog:
@@ -43,21 +52,20 @@ def open_home(limits: Spill, job: str, name: str, incarnation: int, *, disk: Dis
 
 
 def sweep(limits: Spill, *, disk: Disk = OS_DISK) -> int:
-    """Remove the logs whose members were killed: nobody holds their locks. Returns how many there were."""
-    base = base_of(limits)
-    if not base.is_dir():
-        return 0
-    swept = 0
+    """Remove the logs whose members were killed: nobody holds their locks. Returns how many there were.
+
+    Raises nothing: who cannot look has nothing to do with what is there.
+    """
     try:
-        directory = disk.enter(base)
-    except SpillError as error:
+        base = base_of(limits)
+        if not base.is_dir():
+            return 0
+        with contextlib.closing(disk.enter(base)) as directory:
+            names = directory.names()
+    except (SpillError, OSError) as error:
         log.warning("what killed members left is not looked for: %s", error)
         return 0
-    with contextlib.closing(directory):
-        for name in directory.names():
-            if _NAME.fullmatch(name):
-                swept += _remove(base / name, disk)
-    return swept
+    return sum(_remove(base / name, disk) for name in names if _NAME.fullmatch(name))
 
 
 def _remove(path: Path, disk: Disk) -> bool:

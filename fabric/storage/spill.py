@@ -338,6 +338,7 @@ class SpillLog:
 
     def _give_up(self, segment: Segment) -> None:
         """Never write or sync this segment again."""
+        self._shelf.seal(segment)  # a disk that fails for a minute would fill its ceiling with unused room
         segment.bad = True
         if segment is self._active:
             self._active = None

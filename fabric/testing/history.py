@@ -17,6 +17,7 @@ from fabric.engine.loop import Engine
 from fabric.errors import PayloadError
 from fabric.message import Message
 from fabric.payloads import plan
+from fabric.testing.stores import WorldStore
 from fabric.topics import compile_pattern
 
 __all__ = [
@@ -312,8 +313,9 @@ class History:
         self._written[command.feed, command.first] = self.feeds[key], command.first + command.count
 
     def _note_damage(self, engine: Engine, event: events.RecordsLoaded) -> None:
-        for first, frame, _ in event.bursts:
-            if frame is None:
+        store = engine.store
+        for first, frame, _, _ in event.bursts:
+            if frame is None and isinstance(store, WorldStore) and store.is_harmed:
                 book, end = self._written[event.feed, first]
                 book.damaged.update(range(first, end))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from fabric.core.disk import LoadRecords
+from fabric.core.disk import LoadRecords, RecordsExpired
 from fabric.engine.loop import Engine
 from fabric.engine.storing import Outcome, Storekeeper, Wish
 from fabric.errors import SpillError
@@ -38,6 +38,8 @@ class WorldStore:
     def __init__(self, engine: Engine, plan: DiskPlan, seed: str) -> None:
         self._engine, self._plan, self._rng = engine, plan, Random(seed)
         self.disk = FakeDisk()
+        self.is_harmed = False
+        """Whether it was ever damaged: only then may it lose what it took."""
         self._keeper = Storekeeper(engine.card.incarnation, self._open, engine.wall_ns)
         self._wishes: deque[tuple[int, Wish]] = deque()
 
@@ -72,6 +74,7 @@ class WorldStore:
         for _ in due:
             self._wishes.popleft()
         for outcome in self._done(due):
+            self.is_harmed |= isinstance(outcome, RecordsExpired)
             self._engine.submit(outcome)
         return bool(due)
 
@@ -86,6 +89,7 @@ class WorldStore:
         return outcomes
 
     def _damage(self) -> None:
+        self.is_harmed = True
         segments = [path for path in self.disk.files if "seg-" in path]
         if not segments or self._rng.random() < 0.3:
             self.disk.fail("read")

@@ -16,6 +16,7 @@ class Shelf:
         self.link, self.name = link, name
         self.bursts: dict[tuple[int, int], events.AppendRecords] = {}
         self.damaged: set[int] = set()
+        self.unreadable: set[int] = set()
         self._seen = 0
 
     def asked(self) -> list[object]:
@@ -55,5 +56,7 @@ class Shelf:
     def _load(self, feed: int, first: int) -> LoadedBurst:
         burst = self.bursts[feed, first]
         if first in self.damaged:
+            return LoadedBurst(first, None, None, lost=True)
+        if first in self.unreadable:
             return LoadedBurst(first, None, None)
         return LoadedBurst(first, bytes(burst.frame), {at: bytes(value) for at, value in burst.payloads.items()})

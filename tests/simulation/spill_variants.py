@@ -45,13 +45,13 @@ def history_has_holes() -> list[Patch]:
     return [wrapped(Retention, "_forget_kept", lambda original, self, out: None)]
 
 
-def questions_are_forgotten() -> list[Patch]:
-    """What was loaded is sent to nobody."""
+def loaded_is_thrown_away() -> list[Patch]:
+    """What was loaded for one question is gone when it is asked again."""
 
-    def ask_again(original: Any, self: Any, ask: Any) -> None:
-        original(self, lambda question: None)
+    def on_loaded(original: Any, self: Any, out: Any, bursts: Any) -> None:
+        original(self, out, [])
 
-    return [wrapped(Spilling, "ask_again", ask_again)]
+    return [wrapped(Spilling, "on_loaded", on_loaded)]
 
 
 def damage_is_ignored() -> list[Patch]:
@@ -107,7 +107,7 @@ SPILL_VARIANTS: dict[str, Variant] = {
         refused_is_written,
         released_is_written_again,
         history_has_holes,
-        questions_are_forgotten,
+        loaded_is_thrown_away,
         damage_is_ignored,
         nothing_is_let_go,
         acknowledged_waits_for_the_disk,

@@ -55,7 +55,7 @@ def a_record_that_was_dropped_before_its_reader_knew_of_it() -> None:
         reader.on("large")(lambda message: None)
         inbox = reader.subscribe("small", acknowledge="manual")
         small = trainer.publisher("small", when_full="drop_oldest")
-        large = trainer.publisher("large")
+        large = trainer.publisher("large", when_full="block")
         small.wait_for_subscribers(1)
         large.wait_for_subscribers(1)
         small.publish(b"dropped while it is in hand")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from fabric.config import FabricConfig, Repair, Retention, Start
 from fabric.core import events
 from fabric.core.feeds import Place
-from fabric.core.wire import Drop, Kind
+from fabric.core.members import Peer
+from fabric.core.wire import Drop, Kind, encode_control
 from tests.harness.pair import Link
 from tests.harness.shelf import Shelf
 from tests.unit.test_publishing import told
@@ -188,14 +189,93 @@ def test_a_peer_has_few_questions_waiting_and_a_pull_takes_the_place_of_the_one_
     out = core.publishing.feeds["t"]
     for token in range(3):
         core._messages[Kind.PULL](peer, (out.feed, token, 10_000, [(0, 3)]))
-    for _ in range(100):
-        core._messages[Kind.FETCH](peer, (out.feed, 0, 0, 10, 1))
+    for token in range(3):
+        core._messages[Kind.FETCH](peer, (out.feed, 0, 0, 10, token))
     loads = [command for command in core.context.commands if isinstance(command, events.LoadRecords)]
     assert [load.firsts for load in loads] == [(0, 1, 2)], "one question at a time"
     parked = core.publishing.spilling._parked
-    assert [fields[1] for _, kind, fields in parked if kind is Kind.PULL] == [2], "of those that wait, the latest"
-    assert len(parked) == 64
+    assert [(kind, fields[-1] if kind is Kind.FETCH else fields[1]) for _, kind, fields in parked] == [
+        (Kind.PULL, 2),
+        (Kind.FETCH, 2),
+    ], "of those that wait, the latest"
+    for position in range(100):
+        core._messages[Kind.FETCH](peer, (out.feed, 0, position, 10, 1))
+    assert len(parked) <= 64
     assert link["a"].counts[Drop.NO_ROOM] == 37
+
+
+def test_a_fetch_that_is_repeated_while_it_is_answered_is_answered_once() -> None:
+    link, shelf = stalled()
+    for number in range(20):
+        link.publish("a", "t", payloads={0: bytes([number]) * 300}, spills=True)
+        link.drop_kind(None)
+    shelf.work()
+    link.drop()
+    core = link["a"].core
+    peer, out = core.members.by_name["b"], core.publishing.feeds["t"]
+    for token in range(5):
+        link["a"].reported += link.do("a", ask(peer, out.feed, token))
+    shelf.work()
+    assert len(link.waiting(Kind.CHUNK)) == 1
+
+
+def ask(peer: Peer, feed: int, token: int) -> events.ControlReceived:
+    return events.ControlReceived(encode_control(Kind.FETCH, peer.id, peer.incarnation, feed, 0, 0, 300, token))
+
+
+def test_a_pull_loads_no_more_than_its_credit_values_included() -> None:
+    retention, repair = Retention(owed_bytes_max=MEMORY, kept_bytes_max=1_000), Repair(window_bytes=2_000)
+    link, shelf = stalled(FabricConfig(retention=retention, repair=repair))
+    values = [bytes([number]) * 600 for number in range(30)]
+    for value in values:
+        link.publish("a", "t", payloads={0: value}, spills=True)
+        link.drop_kind(None)
+    shelf.work()
+    loaded = []
+    for _ in range(300):
+        link.run(20)
+        for command in shelf.asked():
+            if isinstance(command, events.LoadRecords):
+                loaded.append(len(command.firsts))
+            shelf._do(command)
+    assert link["b"].values("t") == values
+    assert 0 < max(loaded) <= 3
+
+
+def test_a_read_that_fails_is_tried_again_and_given_up_after_a_while() -> None:
+    link, shelf = stalled()
+    publish(link, 50)
+    shelf.work()
+    shelf.unreadable = {3}
+    for _ in range(20):
+        link.run(100)
+        shelf.work()
+    assert link["b"].of(events.ReportGap) == []
+    shelf.unreadable = set()
+    for _ in range(100):
+        link.run(50)
+        shelf.work()
+    assert link["b"].offsets("t") == list(range(50))
+    assert link["b"].of(events.ReportGap) == []
+    publish(link, 50)
+    shelf.work()
+    shelf.unreadable = {55}
+    for _ in range(200):
+        link.run(100)
+        shelf.work()
+    assert [(gap.first, gap.end) for gap in link["b"].of(events.ReportGap)] == [(55, 56)]
+    assert link["b"].offsets("t")[50:] == [number for number in range(50, 100) if number != 55]
+
+
+def test_a_large_value_makes_room_below_half_of_the_memory() -> None:
+    link, shelf = stalled()
+    publish(link, 4)
+    assert shelf.asked() == []
+    link.do("a", events.RoomNeeded("t", MEMORY - 100))
+    shelf.work()
+    assert owed_bytes(link) <= 100
+    publish(link, 4)
+    assert shelf.asked() == [], "once"
 
 
 def test_many_questions_about_different_bursts_are_answered_however_little_may_be_loaded() -> None:

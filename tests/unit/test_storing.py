@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,12 +78,11 @@ def test_a_full_disk_is_said_once_and_tried_again(caplog: pytest.LogCaptureFixtu
     kept = Kept()
     kept.keeper.work([append(1)])
     for nth in (2, 3):
-        for again in (1, 2, 3, 4):  # the group, and its first alone; a log tries twice
+        for again in range(1, 7):  # the group, and each alone; a log tries twice
             kept.disk.fail("write", again, errno.ENOSPC)
-        (failed,) = kept.keeper.work([append(nth), append(nth + 1)])
-        assert isinstance(failed, WriteFailed)
-        assert (failed.first, failed.number) == (nth, nth + 1)
-        assert "space" in failed.reason
+        failed = kept.keeper.work([append(nth), append(nth + 1)])
+        assert [(type(one), one.first) for one in failed] == [(WriteFailed, nth), (WriteFailed, nth + 1)]
+        assert "space" in failed[0].reason
         assert isinstance(kept.keeper.error, SpillFullError)
     assert kept.keeper.work([append(5)]) == [WriteFinished(5)]
     assert kept.keeper.error is None
@@ -93,13 +93,40 @@ def test_a_full_disk_is_said_once_and_tried_again(caplog: pytest.LogCaptureFixtu
 
 def test_of_a_group_that_does_not_fit_as_much_is_taken_as_there_is_room_for() -> None:
     kept = Kept(bytes_max=3 * 1024)
-    finished, failed = kept.keeper.work([append(number, size=400) for number in range(1, 20)])
-    assert isinstance(finished, WriteFinished)
-    assert isinstance(failed, WriteFailed)
-    assert (failed.first, failed.number) == (finished.number + 1, 19)
-    assert finished.number == 3
-    (loaded,) = kept.keeper.work([LoadRecords(FEED, tuple(range(finished.number)))])
+    *failed, finished = kept.keeper.work([append(number, size=400) for number in range(1, 20)])
+    assert [one.first for one in failed] == list(range(4, 20))
+    assert finished == WriteFinished(19), "of the others"
+    (loaded,) = kept.keeper.work([LoadRecords(FEED, (0, 1, 2))])
     assert all(burst.frame for burst in loaded.bursts)
+
+
+def test_what_is_too_large_does_not_hold_up_what_is_behind_it() -> None:
+    kept = Kept(bytes_max=8 * 1024)
+    *failed, finished = kept.keeper.work([append(1), append(2, size=9_000), append(3), append(4)])
+    assert [one.first for one in failed] == [2]
+    assert finished == WriteFinished(4)
+    (loaded,) = kept.keeper.work([LoadRecords(FEED, (0, 2, 3))])
+    assert [burst.frame for burst in loaded.bursts] == [bytes([number]) * 10 for number in (1, 3, 4)]
+    assert kept.keeper.error is not None
+    assert kept.keeper.error.__traceback__ is None, "it would keep what was refused in memory"
+
+
+def test_what_was_given_up_after_it_was_asked_for_is_lost_and_breaks_nothing() -> None:
+    kept = Kept(age_s=10, segment_age_s=1)
+    kept.keeper.work([append(1)])
+    kept.clock.now_ns += 12_000_000_000
+    expired, loaded = kept.keeper.work([LoadRecords(FEED, (0,))])
+    assert expired == RecordsExpired(FEED, 0, 1)
+    assert loaded == RecordsLoaded(FEED, (LoadedBurst(0, None, None, lost=True),))
+
+
+def test_a_read_that_fails_is_not_damage() -> None:
+    kept = Kept()
+    kept.keeper.work([append(1)])
+    kept.disk.fail("read")
+    (loaded,) = kept.keeper.work([LoadRecords(FEED, (0,))])
+    assert loaded.bursts == (LoadedBurst(0, None, None, lost=False),)
+    assert kept.keeper.work([LoadRecords(FEED, (0,))])[0].bursts[0].frame == b"\1" * 10
 
 
 def test_a_log_that_cannot_be_opened_is_opened_again() -> None:
@@ -119,7 +146,8 @@ def test_a_damaged_burst_is_answered_without_a_frame(caplog: pytest.LogCaptureFi
     kept.disk.content(path)[at] ^= 1
     (loaded,) = kept.keeper.work([LoadRecords(FEED, (0, 1))])
     assert [burst.frame for burst in loaded.bursts] == [None, b"\2" * 10]
-    assert "lost" in caplog.text
+    assert [burst.lost for burst in loaded.bursts] == [True, False]
+    assert "cannot be read" in caplog.text
 
 
 def test_what_nobody_fetched_for_too_long_is_given_up_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,3 +293,17 @@ def test_a_disk_that_fails_twice_is_broken() -> None:
         kept.disk.fail("write", nth)
     kept.keeper.work([append(1)])
     assert isinstance(kept.keeper.error, SpillBrokenError)
+
+
+def test_a_machine_without_temporary_files_joins_and_is_told_when_it_spills(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError("no usable temporary directory found")
+
+    monkeypatch.setattr("fabric.storage.home.tempfile", SimpleNamespace(gettempdir=nowhere))
+    assert sweep(Spill()) == 0
+    keeper = Storekeeper(1, lambda: open_home(Spill(), "job", "rank-0", 1), lambda: 0)
+    assert isinstance(keeper.work([append(1)])[0], WriteFailed)
+    assert isinstance(keeper.error, StateDirectoryError)
+    assert "not looked for" in caplog.text
