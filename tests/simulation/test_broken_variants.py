@@ -57,7 +57,7 @@ CATCHES: dict[str, tuple[int, ...]] = {
 SPILL_CATCHES: dict[str, tuple[int, ...]] = {
     "released_too_early": (5, 0, 10),
     "refused_is_written": (19, 16, 0),
-    "released_is_written_again": (72296249, 72296122),
+    "released_is_written_again": (236, 354),
     "history_has_holes": (37, 33, 48),
     "loaded_is_thrown_away": (10, 5),
     "damage_is_ignored": (43, 48),
