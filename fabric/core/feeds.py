@@ -330,10 +330,9 @@ class Retention:
         self.spilled_bytes += burst.size
 
     def lose(self, out: OutFeed, burst: StoredBurst) -> None:
-        """A burst on disk is damaged: it becomes a gap."""
-        if burst.place is Place.DISK and burst.end > out.acknowledged:
-            out.owed.remove(burst)
-            self.spilled_bytes -= burst.size
+        """An owed burst on disk is damaged, or given up: it becomes a gap."""
+        out.owed.remove(burst)
+        self.spilled_bytes -= burst.size
 
     def check_invariants(self, feeds: Iterable[OutFeed]) -> None:
         """Assert the sums, and that `owed` is what some reader needs (I6, I7)."""

@@ -107,7 +107,8 @@ class Spilling:
 
     def on_expired(self, out: OutFeed, first: int, end: int) -> None:
         """Nobody fetched these for too long: they become a gap."""
-        for burst in [burst for burst in out.owed if first <= burst.first and burst.end <= end]:
+        given_up = [burst for burst in out.owed if first <= burst.first and burst.end <= end]
+        for burst in [burst for burst in given_up if burst.place is Place.DISK]:
             self._retention.lose(out, burst)
             self._context.counts["bursts_expired"] += 1
 
