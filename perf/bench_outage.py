@@ -31,7 +31,10 @@ from perf.harness import Budget, Report, Row, main
 
 RECORD, RATE, LANES = 4096, 20_000, 8
 LEVEL_S, BEFORE_S, AFTER_S, GIVE_UP_S = 0.2, 4.0, 3.0, 120.0
-HOSTS = {"tfa": "10.77.0.1", "tfb": "10.77.0.2"}
+NEAR, FAR = f"tf-{os.getpid()}-a", f"tf-{os.getpid()}-b"
+HOSTS = {NEAR: "10.77.0.1", FAR: "10.77.0.2"}
+"""Addresses by namespace; another run has others of the same addresses."""
+DEVICE = "cable"
 MIB = 1024 * 1024
 
 
@@ -39,7 +42,14 @@ def reason_to_skip() -> str | None:
     """Why there can be no namespaces here."""
     if os.geteuid() != 0:
         return "needs root"
-    return None if shutil.which("ip") else "needs iproute2"
+    if not shutil.which("ip"):
+        return "needs iproute2"
+    try:
+        _ip("netns", "add", NEAR)
+        _ip("netns", "del", NEAR)
+    except subprocess.CalledProcessError:
+        return "may make no network namespaces here"
+    return None
 
 
 def _ip(*words: str) -> None:
@@ -53,11 +63,11 @@ def namespaces() -> Iterator[None]:
         for name in HOSTS:
             _ip("netns", "add", name)
             stack.callback(_ip, "netns", "del", name)
-        _ip("link", "add", "tfa0", "netns", "tfa", "type", "veth", "peer", "name", "tfb0", "netns", "tfb")
+        _ip("link", "add", DEVICE, "netns", NEAR, "type", "veth", "peer", "name", DEVICE, "netns", FAR)
         for name, address in HOSTS.items():
-            _ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{name}0")
+            _ip("-n", name, "addr", "add", f"{address}/24", "dev", DEVICE)
             _ip("-n", name, "link", "set", "lo", "up")
-            _ip("-n", name, "link", "set", f"{name}0", "up")
+            _ip("-n", name, "link", "set", DEVICE, "up")
         yield
 
 
@@ -167,14 +177,14 @@ def outage(seconds: float, *, before_s: float = BEFORE_S, after_s: float = AFTER
     with ExitStack() as stack:
         stack.enter_context(namespaces())
         meeting = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tf-outage-")))
-        publisher, subscriber = (Side("tfa", "publish", meeting), Side("tfb", "subscribe", meeting))
+        publisher, subscriber = (Side(NEAR, "publish", meeting), Side(FAR, "subscribe", meeting))
         for side in (publisher, subscriber):
             stack.callback(side.end)
         publisher.hear()
         time.sleep(before_s)
-        _ip("-n", "tfb", "link", "set", "tfb0", "down")
+        _ip("-n", FAR, "link", "set", DEVICE, "down")
         time.sleep(seconds)
-        _ip("-n", "tfb", "link", "set", "tfb0", "up")
+        _ip("-n", FAR, "link", "set", DEVICE, "up")
         healed_ns = time.monotonic_ns()
         level = subscriber.hear()
         time.sleep(after_s)

@@ -12,10 +12,11 @@ from transports.base import SocketLimits
 pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 MIB = 1024 * 1024
+SKIPPED = reason_to_skip()
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.skipif(reason_to_skip() is not None, reason=f"network namespaces: {reason_to_skip()}")
+@pytest.mark.skipif(SKIPPED is not None, reason=f"network namespaces: {SKIPPED}")
 def test_f11_a_partition_loses_nothing_and_holds_nobody_back() -> None:
     told = outage(4.0, before_s=1.0, after_s=0.5)  # which raises unless all arrive, each lane in order, without a gap
     show(f"partition of 5 s: {told}")
