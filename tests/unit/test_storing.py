@@ -307,3 +307,29 @@ def test_a_machine_without_temporary_files_joins_and_is_told_when_it_spills(
     assert isinstance(keeper.work([append(1)])[0], WriteFailed)
     assert isinstance(keeper.error, StateDirectoryError)
     assert "not looked for" in caplog.text
+
+
+def test_a_disk_that_fails_for_a_while_does_not_fill_its_ceiling_with_unused_room() -> None:
+    kept = Kept()
+    kept.keeper.work([append(1)])
+    kept.disk.fail("write", 1)
+    kept.disk.fail("write", 3)  # the head of the next segment is written in between
+    assert isinstance(kept.keeper.work([append(2)])[0], WriteFailed)
+    for _ in range(10):
+        kept.disk.fail("write", 2)
+        kept.disk.fail("write", 4)
+        assert isinstance(kept.keeper.work([append(2)])[0], WriteFailed)
+    assert kept.keeper.work([append(2)]) == [WriteFinished(2)]
+    assert kept.disk.used < 10 * kept.limits.segment_bytes, "twenty segments were begun"
+
+
+def test_an_idle_member_looks_for_what_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fabric.engine.storing.IDLE_S", 0.01)
+    kept, engine, told = Kept(age_s=10, segment_age_s=1), engine_of("rank-0"), []
+    engine.submit = told.append  # type: ignore[method-assign]
+    store = ThreadedStore(engine, kept.keeper)
+    store.ask(append(1))
+    until(lambda: told == [WriteFinished(1)])
+    kept.clock.now_ns += 12_000_000_000
+    until(lambda: told[1:] == [RecordsExpired(FEED, 0, 1)])
+    store.close()
