@@ -55,14 +55,16 @@ class Fabric(Member[Publisher]):
     ) -> Publisher:
         """The publisher of a topic; the same one each time.
 
-        `policy`: `reliable`, `latest` (the newest of each seed wins) or `lossy` (every drop is counted). `when_full`,
-        for `reliable`: `block` (default; waits at most `publish_timeout_s`), `drop_oldest`, `fail`. `sync` is for
-        `durable` topics, which do not exist yet. Raises `TopicError`, `ConfigError`.
+        `policy`: `reliable`, `durable` (on disk before it is sent), `latest` (the newest of each seed wins) or `lossy`
+        (every drop is counted). `when_full`, for `reliable`: `spill` (default), `block` (waits at most
+        `publish_timeout_s`), `drop_oldest`, `fail`; for `durable`: `block` (default), `fail`. `sync`, for `durable`:
+        `process` survives the death of this process, `power` a loss of power. A durable topic needs a member with
+        state (see `join`). Raises `TopicError`, `ConfigError`.
         """
         return self._publisher(topic, policy, when_full, sync)
 
-    def _new_publisher(self, topic: str, policy: Policy, when_full: WhenFull, feed: int) -> Publisher:
-        return self.publisher_class(self._engine, self._engine.budget, topic, policy, when_full, feed)
+    def _new_publisher(self, topic: str, policy: Policy, when_full: WhenFull, feed: int, sync: str) -> Publisher:
+        return self.publisher_class(self._engine, self._engine.budget, topic, policy, when_full, feed, sync)
 
     def publish(self, topic: str, value: object, *, seed: int = 0, metadata: Mapping[str, object] | None = None) -> int:
         """Publish a snapshot of `value` on a topic; returns its sequence in the lane of `seed`.
@@ -92,18 +94,21 @@ class Fabric(Member[Publisher]):
         `start`: `live`, `retained` (what is kept, too) or `last` (the last record of each feed, too). `seeds`: only
         these. `ownership`: `view` into received memory, or `own` memory. `acknowledge`: `auto` or `manual`.
         `delivery`: `reliable`, or `best_effort` (never owed, waited for or repaired; the default of observers).
-        `idle_timeout_s` ends iteration. `cursor` and `name` are for durable subscriptions, which do not exist yet.
+        `idle_timeout_s` ends iteration.
+
+        With a `name` the subscription outlives this process: what it misses meanwhile stays owed to it, for
+        `retention.absent_s`, and it goes on where it stood. `cursor` is what `Subscription.cursor` gave when the
+        application saved its state, `{}` the first time: it goes on from there, and publishers keep everything until
+        `Subscription.commit` says that a later cursor is saved.
 
         Raises `TopicError`, `SeedError`, `ConfigError`, and `SubscribeTimeoutError` if a live member does not confirm.
         """
-        manual, owning, chosen = check_subscription(acknowledge, ownership, cursor, name, seeds)
-        inbox = self._open(pattern, start, delivery, chosen)
-        return self.subscription_class(
-            self._engine, inbox, pattern, manual=manual, owning=owning, idle_timeout_s=idle_timeout_s
-        )
+        options = check_subscription(acknowledge, ownership, cursor, name, seeds)
+        inbox = self._run(self._opening(pattern, start, delivery, options.seeds, options.name, options.cursor))
+        return self.subscription_class(self._engine, inbox, pattern, options, idle_timeout_s=idle_timeout_s)
 
-    def _open(self, pattern: str, start: str, delivery: str | None, seeds: frozenset[int] | None) -> Inbox:
-        return self._run(self._opening(pattern, start, delivery, seeds))
+    def _open(self, pattern: str, start: str) -> Inbox:
+        return self._run(self._opening(pattern, start, "reliable", None))
 
     # Handlers.
 
@@ -119,7 +124,7 @@ class Fabric(Member[Publisher]):
         check_handler(attempts, exhausted)
 
         def decorate(function: Function) -> Function:
-            inbox = self._open(pattern, start, "reliable", None)
+            inbox = self._open(pattern, start)
             self._dispatcher.add(function, inbox, attempts)
             return function
 

@@ -243,19 +243,20 @@ def _require_positive(group: object) -> None:
 def check_policy(policy: str, when_full: str | None) -> tuple[Policy, WhenFull]:
     """The policy and what happens when its room is used up, or `ConfigError`.
 
-    `reliable` takes `spill` (the default), `block`, `drop_oldest`, `fail`; `latest` and `lossy` take none.
+    `reliable` takes `spill` (the default), `block`, `drop_oldest`, `fail`; `durable` takes `block` (the default) and
+    `fail`; `latest` and `lossy` take none.
     """
     try:
         chosen = Policy(policy)
     except ValueError:
         raise ConfigError(f"{policy!r} is none of {', '.join(Policy)}", field="policy") from None
-    if chosen is Policy.DURABLE:
-        raise ConfigError('"durable" does not exist yet; use "reliable"', field="policy")
-    if chosen is not Policy.RELIABLE:
+    if chosen in (Policy.LATEST, Policy.LOSSY):
         if when_full is not None:
             raise ConfigError(f"{chosen.value!r} topics are never full: leave it out", field="when_full")
         return chosen, WhenFull.DROP_OLDEST
-    try:
-        return chosen, WhenFull(when_full or WhenFull.SPILL)
-    except ValueError:
-        raise ConfigError(f"{when_full!r} is none of {', '.join(WhenFull)}", field="when_full") from None
+    takes = list(WhenFull) if chosen is Policy.RELIABLE else [WhenFull.BLOCK, WhenFull.FAIL]
+    if when_full is None:
+        return chosen, takes[0]
+    if when_full not in takes:
+        raise ConfigError(f"{when_full!r} is none of {', '.join(takes)}", field="when_full")
+    return chosen, WhenFull(when_full)

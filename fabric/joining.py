@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from fabric.client import Fabric
 from fabric.config import FabricConfig
@@ -16,18 +18,31 @@ from fabric.engine.dispatch import Dispatcher
 from fabric.engine.loop import Engine
 from fabric.engine.process import ProcessMembership, install_sigterm
 from fabric.engine.sleeping import ThreadedWaits
-from fabric.engine.storing import Storekeeper, ThreadedStore
-from fabric.errors import ConfigError, JoinTimeoutError, RendezvousError, VersionMismatchError, shortened
+from fabric.engine.storing import Storekeeper, ThreadedStore, recovered
+from fabric.errors import (
+    ConfigError,
+    JoinTimeoutError,
+    RendezvousError,
+    SpillError,
+    SpillLockedError,
+    VersionMismatchError,
+    shortened,
+)
 from fabric.rendezvous import Card, announce, find, open_rendezvous, this_host, withdraw
-from fabric.storage.home import open_home, sweep
+from fabric.storage.home import open_home, state_home, sweep
+from fabric.storage.state import MemberState
 from transports import Endpoints
 from transports.base import AddressError, SocketLimits
 from transports.zeromq import ZeroMQTransport
 
 __all__ = ["Entry", "enter_job", "enter_rank", "join", "observe"]
 
+log = logging.getLogger("fabric.join")
+
 FEEDS_FOLLOWED_MAX = 65_536
 """Feeds that one member may follow at once: each is a subscribed prefix."""
+TAKEOVER_S = 5.0
+"""How long a new life waits for the state of one that is being killed."""
 
 
 def join(
@@ -37,16 +52,22 @@ def join(
     world_size: int | None = None,
     rendezvous: str | None = None,
     job: str | None = None,
-    state_directory: object = None,
+    state_directory: str | os.PathLike[str] | None = None,
     timeout_s: float = 60.0,
 ) -> Fabric:
     """Enter the fabric as a rank. Returns when all ranks are met and know each other's subscriptions.
 
     Under torchrun everything is in the environment (`rendezvous="env"`). Else give `rank` and `world_size`, and
     where to meet: `"file:///shared/dir"`, `"tcp://host:port"` (any member's control address) or `"memory://name"`
-    (one process). Without any of it you are alone. `state_directory` is for durable state, which does not exist yet.
+    (one process). Without any of it you are alone.
 
-    Raises `JoinTimeoutError` naming the missing ranks, `VersionMismatchError`, `RendezvousError`, `ConfigError`.
+    A rank has state, which outlives it, if `state_directory` is given (private, 0700, on a disk of this host; made if
+    it is not there) or else `job`, under whose name it then lies in this user's state directory. Durable topics and
+    named subscriptions need it. A rank that joins again with the same state serves what its last life left.
+
+    Raises `JoinTimeoutError` naming the missing ranks, `VersionMismatchError`, `RendezvousError`, `ConfigError`, and
+    for a `state_directory` that is given `StateDirectoryError`, `SpillLockedError` if its owner lives, and
+    `SpillBrokenError`.
     """
     return _seat(enter_rank(config, rank, world_size, rendezvous, job, state_directory, timeout_s))
 
@@ -57,12 +78,10 @@ def enter_rank(
     world_size: int | None,
     rendezvous: str | None,
     job: str | None,
-    state_directory: object,
+    state_directory: str | os.PathLike[str] | None,
     timeout_s: float,
 ) -> Entry:
     """All of `join` but for the face; its parameters."""
-    if state_directory is not None:
-        raise ConfigError("durable state does not exist yet", field="state_directory")
     began = time.monotonic()
     entry = Entry(config or FabricConfig())
     try:
@@ -70,6 +89,9 @@ def enter_rank(
             rendezvous, rank=rank, world_size=world_size, job=job, ask=entry.ask, roster=entry.roster
         )
         identity = meeting.identity
+        if state_directory is not None or job is not None:
+            directory = None if state_directory is None else Path(state_directory)
+            entry.take_state(directory, identity.job, f"rank-{identity.rank}")
         entry.open(f"rank-{identity.rank}", identity.rank, identity.world_size, identity.job)
         entry.leave.append(meeting.close)
         cards = meeting.meet(entry.card, timeout_s=timeout_s)
@@ -140,8 +162,34 @@ class Entry:
         self.config = config
         self.leave: list[Callable[[], None]] = []
         self._engine: Engine | None = None
+        self._state: MemberState | None = None
+        self._stateless = "there is no state: give join a job that stays the same, or a state_directory"
         self.waits = ThreadedWaits()
         self._membership: ProcessMembership | None = None
+
+    def take_state(self, directory: Path | None, job: str, name: str) -> None:
+        """Take what earlier lives of this member left.
+
+        Without a directory that the user named, going on without state is better than not at all: then durable topics
+        say why there is none.
+        """
+        try:
+            home = state_home(directory, job, name, base=self.config.spill.directory)
+            deadline = time.monotonic() + (TAKEOVER_S if directory is not None else 0.0)
+            while True:
+                try:
+                    self._state = MemberState.open(home, self.config.spill, name=name, boot=this_host())
+                    break
+                except SpillLockedError:
+                    if time.monotonic() > deadline:
+                        raise
+                time.sleep(0.02)  # its last owner is being killed: the kernel has much memory to give back
+            self._state.kept = directory is not None
+        except SpillError as error:
+            if directory is not None:
+                raise
+            log.warning("%s of %s has no state, and cannot have durable topics: %s", name, job, error)
+            self._stateless = str(error)
 
     def open(self, name: str, rank: int | None, world_size: int, job: str) -> None:
         """Bind the sockets and start the engine."""
@@ -157,7 +205,7 @@ class Entry:
             name=name,
             rank=rank,
             world_size=world_size,
-            incarnation=time.time_ns(),
+            incarnation=time.time_ns() if self._state is None else self._state.incarnation,
             host=this_host(),
             pid=os.getpid(),
             version=VERSION,
@@ -168,8 +216,13 @@ class Entry:
             self.card.incarnation,
             lambda: open_home(self.config.spill, job, name, self.card.incarnation),
             time.time_ns,
+            self._state,
         )
         engine.store = ThreadedStore(engine, keeper)
+        if self._state is None:
+            engine.stateless = self._stateless
+        else:
+            engine.submit(recovered(self._state))
         self._membership = ProcessMembership(engine, self.waits, self.leave)
         engine.on_connect = self._membership.remember
         self.waits.start(engine)
@@ -263,6 +316,8 @@ class Entry:
         if self._membership is not None:
             self._membership.close()
         else:
+            if self._state is not None:
+                self._state.abandon()
             for step in self.leave:
                 step()
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from fabric.config import Delivery, Policy, Start, WhenFull, check_policy
 from fabric.core import events
+from fabric.core.cursors import Cursor, parse_cursor
+from fabric.core.members import NAME_BYTES_MAX
 from fabric.core.wire import feed_id
 from fabric.engine.dispatch import DeadLetter
 from fabric.engine.inbox import Inbox
@@ -21,6 +23,7 @@ from fabric.errors import BrokenError, ClosedError, ConfigError, SubscribeTimeou
 from fabric.message import Message
 from fabric.publisher import PublisherBase
 from fabric.requests import Requests
+from fabric.subscription import Options
 from fabric.topics import check_seed, check_topic, compile_pattern
 
 if TYPE_CHECKING:
@@ -130,9 +133,13 @@ class Member(Generic[P]):
         if sync not in ("process", "power"):
             raise ConfigError(f"{sync!r} is neither process nor power", field="sync")
         chosen, full = check_policy(policy, when_full)
+        if chosen is Policy.DURABLE and self._engine.stateless:
+            raise ConfigError(f"a durable topic outlives this process: {self._engine.stateless}", field="policy")
         publisher = self._publishers.get(topic)
         if publisher is None:
-            publisher = self._make_publisher(check_topic(topic), chosen, full)
+            publisher = self._make_publisher(check_topic(topic), chosen, full, sync)
+        if publisher.durability is not None and publisher.durability.sync != sync:
+            raise ConfigError(f"{topic} is synced by {publisher.durability.sync} already", field="sync")
         if publisher.policy is not chosen or publisher.when_full is not full:
             raise ConfigError(
                 f"{topic} is {publisher.policy.value} / {publisher.when_full.value} already", field="policy"
@@ -142,22 +149,31 @@ class Member(Generic[P]):
     def _default_publisher(self, topic: str) -> P:
         return self._make_publisher(check_topic(topic), Policy.RELIABLE, WhenFull.SPILL)
 
-    def _make_publisher(self, topic: str, policy: Policy, when_full: WhenFull) -> P:
+    def _make_publisher(self, topic: str, policy: Policy, when_full: WhenFull, sync: str = "") -> P:
+        sync = sync if policy is Policy.DURABLE else ""
         engine = self._engine
         engine.require_open()
         with self._lock:
             if topic not in self._publishers:
-                engine.submit(events.FeedOpened(topic, policy, when_full is WhenFull.SPILL))
+                engine.submit(events.FeedOpened(topic, policy, when_full is WhenFull.SPILL, sync))
                 feed = feed_id(self.name, engine.card.incarnation, topic)
-                self._publishers[topic] = self._new_publisher(topic, policy, when_full, feed)
+                self._publishers[topic] = self._new_publisher(topic, policy, when_full, feed, sync)
             return self._publishers[topic]
 
     @abstractmethod
-    def _new_publisher(self, topic: str, policy: Policy, when_full: WhenFull, feed: int) -> P: ...
+    def _new_publisher(self, topic: str, policy: Policy, when_full: WhenFull, feed: int, sync: str) -> P: ...
 
     # Subscribing.
 
-    def _opening(self, pattern: str, start: str, delivery: str | None, seeds: frozenset[int] | None) -> Steps[Inbox]:
+    def _opening(
+        self,
+        pattern: str,
+        start: str,
+        delivery: str | None,
+        seeds: frozenset[int] | None,
+        name: str = "",
+        cursor: Cursor | None = None,
+    ) -> Steps[Inbox]:
         engine = self._engine
         engine.require_open()
         compile_pattern(pattern)
@@ -166,11 +182,13 @@ class Member(Generic[P]):
             chosen = Start(start), Delivery(delivery)
         except ValueError as error:
             raise ConfigError(str(error), field="start or delivery") from None
+        if chosen[1] is Delivery.BEST_EFFORT and (name or cursor is not None):
+            raise ConfigError("a best-effort subscription is owed nothing: no name, no cursor", field="delivery")
         number = next(self._numbers)
         inbox = engine.inboxes[number] = Inbox(number)
         confirmed = False
         try:
-            engine.submit(events.SubscriptionOpened(number, pattern, *chosen, seeds))
+            engine.submit(events.SubscriptionOpened(number, pattern, *chosen, seeds, name, cursor))
             subscribing, timeout_s = engine.core.subscribing, engine.config.subscribe_timeout_s
             confirmed = yield Wait(
                 lambda: number in subscribing.subscriptions and not subscribing.unconfirmed(number), timeout_s
@@ -256,14 +274,16 @@ class Member(Generic[P]):
 
 def check_subscription(
     acknowledge: str, ownership: str, cursor: object, name: str | None, seeds: Iterable[int] | None
-) -> tuple[bool, bool, frozenset[int] | None]:
-    """(manual, owning, seeds) of the options of `subscribe`. Raises `ConfigError`, `SeedError`."""
-    if cursor is not None or name is not None:
-        what = "name" if name else "cursor"
-        raise ConfigError("durable subscriptions need the spill log, which does not exist yet", field=what)
+) -> Options:
+    """The options of `subscribe`. Raises `ConfigError`, `SeedError`."""
+    if name is not None and not 0 < len(name.encode()) <= NAME_BYTES_MAX:
+        raise ConfigError(f"1 to {NAME_BYTES_MAX} bytes", field="name")
+    if cursor is not None and not name:
+        raise ConfigError("a cursor outlives this process, and so must the subscription: give it a name", field="name")
     manual = _choose("acknowledge", acknowledge, "auto", "manual")
     owning = _choose("ownership", ownership, "view", "own")
-    return manual, owning, None if seeds is None else frozenset(map(check_seed, seeds))
+    chosen = None if seeds is None else frozenset(map(check_seed, seeds))
+    return Options(manual, owning, chosen, name or "", None if cursor is None else parse_cursor(cursor))
 
 
 def check_handler(attempts: int, exhausted: str) -> None:

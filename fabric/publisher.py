@@ -17,7 +17,16 @@ class PublisherBase(Outbox):
         out = self.engine.core.publishing.feeds.get(self.topic)
         if out is None:
             return {}
-        return {reader: floor for reader, floor in list(out.readers.items()) if reader[0] != self.engine.card.name}
+        return {reader: floor for reader, floor in list(out.readers.items()) if self._is_elsewhere(*reader)}
+
+    def _confirmed(self) -> list[tuple[str, int]]:
+        """Those that are told what they are owed, which with state they are once it is written down."""
+        registrations = self.engine.core.publishing.registrations
+        return [reader for reader in self._readers() if registrations.is_confirmed(*reader)]
+
+    def _is_elsewhere(self, member: str, number: int) -> bool:
+        """Ours are nobody's to wait for, nor those that nobody has open."""
+        return member != self.engine.card.name and number >= 0
 
     @property
     def _has_arrived(self) -> bool:
@@ -34,8 +43,8 @@ class PublisherBase(Outbox):
 
     def _awaiting_subscribers(self, n: int, timeout_s: float) -> Steps[None]:
         """The steps of `wait_for_subscribers`."""
-        if not (yield Wait(lambda: len(self._readers()) >= n, timeout_s)):
-            names = sorted(name for name, _ in self._readers())
+        if not (yield Wait(lambda: len(self._confirmed()) >= n, timeout_s)):
+            names = sorted(name for name, _ in self._confirmed())
             state = f"{len(names)} of {n}: {shortened(names)}"
             raise WaitTimeoutError(f"{self.topic} has not enough subscribers", waited_s=timeout_s, state=state)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from operator import length_hint
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fabric.core import events
+from fabric.core.cursors import Cursor, pack_cursor, parse_cursor
 from fabric.core.wire import TOMBSTONE, Drop
 from fabric.engine.inbox import Gap, Hand, Inbox
 from fabric.engine.steps import Steps, Wait, run_steps
-from fabric.errors import ClosedError, PayloadError, ReceiveTimeoutError, WrongThreadError
+from fabric.errors import ClosedError, ConfigError, PayloadError, ReceiveTimeoutError, WrongThreadError
 from fabric.message import HeldMessage, Message, plain_messages
 from fabric.payloads import BYTES
 
@@ -21,17 +22,26 @@ if TYPE_CHECKING:
     from fabric.core.lanes import InboundFeed
     from fabric.engine.loop import Engine
 
-__all__ = ["Subscription", "SubscriptionBase"]
+__all__ = ["Options", "Subscription", "SubscriptionBase"]
+
+
+class Options(NamedTuple):
+    """The options of `subscribe`, checked."""
+
+    manual: bool
+    owning: bool
+    seeds: frozenset[int] | None
+    name: str
+    cursor: Cursor | None
 
 
 class SubscriptionBase:
     """Taking what is here, and settling it: what both faces share. Nobody waits here."""
 
-    def __init__(
-        self, engine: Engine, inbox: Inbox, pattern: str, *, manual: bool, owning: bool, idle_timeout_s: float
-    ) -> None:
-        self.pattern = pattern
-        self._engine, self._inbox, self._owning, self._idle_timeout_s = engine, inbox, owning, idle_timeout_s
+    def __init__(self, engine: Engine, inbox: Inbox, pattern: str, options: Options, *, idle_timeout_s: float) -> None:
+        self.pattern, self.name = pattern, options.name
+        self._engine, self._inbox, self._options, self._idle_timeout_s = engine, inbox, options, idle_timeout_s
+        self._owning = options.owning
         self._hand: Hand | None = None
         self._latest: InboundFeed | None = None
         """The feed that was read last; a timeout names it."""
@@ -43,7 +53,7 @@ class SubscriptionBase:
         """Bursts before the one in hand whose messages are all in the application's hand, by `receive_many`."""
         self._user = threading.Lock()
         self._user_ident = 0
-        self._manual = manual
+        self._manual = options.manual
         self._unsettled: dict[tuple[object, int], deque[tuple[int, Hand, int]]] = {}
         self._newest: dict[tuple[object, int], int] = {}
         self._closed = False
@@ -255,21 +265,36 @@ class SubscriptionBase:
             self._engine.bury(message, Drop.REJECTED, reason)
         self._engine.push()
 
-    def cursor(self) -> dict[str, Any]:
-        """Where this subscription stands: {"source/topic": (incarnation, floor, settled ranges above it)}."""
+    def cursor(self) -> dict[str, list[Any]]:
+        """Where this subscription stands, for the application to save with its own state.
+
+        {"source/topic": [incarnation, floor, settled ranges above it]}, of plain values that JSON takes. The call
+        itself says that what was handed out before is handled; with `acknowledge="manual"`, what was acknowledged
+        counts. `subscribe(..., cursor=)` goes on from it.
+        """
         self._enter()
         try:
-            if self._hand is not None and not self._manual:
-                self._hand.settle_until(self._at)
-            self._engine.push()
+            self._settle_hand()
+            self._engine.settle_up()
             with self._engine.lock:
-                subscription = self._engine.core.subscribing.subscriptions.get(self._inbox.number)
-                feeds = list(subscription.feeds.values()) if subscription else []
-                return {
-                    f"{feed.source}/{feed.topic}": (feed.incarnation, feed.floor, list(feed.settled)) for feed in feeds
-                }
+                return pack_cursor(self._engine.core.subscribing.cursor(self._inbox.number))
         finally:
             self._user.release()
+
+    def commit(self, cursor: Mapping[str, Any]) -> None:
+        """This cursor of ours is saved: publishers need not keep what lies below it. Only for who gave a `cursor`.
+
+        Raises `ConfigError` if it is no cursor, or the subscription was opened without one.
+        """
+        if self._options.cursor is None:
+            raise ConfigError("the subscription was opened without one", field="cursor")
+        committed = parse_cursor(cursor)
+        self._require_open()
+        self._engine.submit(events.CursorCommitted(self._inbox.number, committed))
+
+    def unsubscribe(self) -> None:
+        """Close, and end a subscription that has a name: publishers owe it nothing more."""
+        self._close(forgotten=True)
 
     # Looking.
 
@@ -290,7 +315,7 @@ class SubscriptionBase:
 
     # Ending.
 
-    def _close(self) -> None:
+    def _close(self, *, forgotten: bool = False) -> None:
         if self._closed:
             return
         self._closed = True
@@ -301,7 +326,7 @@ class SubscriptionBase:
         self._inbox.items.clear()
         self._engine.inboxes.pop(self._inbox.number, None)
         if not self._engine.closed:
-            self._engine.submit(events.SubscriptionClosed(self._inbox.number))
+            self._engine.submit(events.SubscriptionClosed(self._inbox.number, forgotten))
 
     def _require_open(self) -> None:
         self._engine.require_open()
@@ -378,7 +403,7 @@ class Subscription(SubscriptionBase):
         return self._engine.until(wait.is_over, wait.timeout_s)
 
     def close(self) -> None:
-        """Take nothing more; publishers owe nothing more. Twice is once."""
+        """Take nothing more. Publishers owe nothing more, unless it has a name. Twice is once."""
         self._close()
 
     def __enter__(self) -> Subscription:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import shutil
 import tempfile
@@ -42,6 +43,15 @@ LAUNCHER_VARIABLES = (
 )
 
 _GRACE_S = 5.0
+
+
+@pytest.fixture(autouse=True)
+def state_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members with a job have state; no test meets that of another."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / f"state-{next(_states)}"))
+
+
+_states = itertools.count()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,8 @@ plain iterator, since it never waits. `fabric.on` and `fabric.respond` take coro
 
 from __future__ import annotations
 
+import os
+
 from fabric.aio.client import Fabric, in_thread
 from fabric.aio.publisher import Publisher
 from fabric.aio.subscription import Subscription
@@ -52,7 +54,7 @@ async def join(
     world_size: int | None = None,
     rendezvous: str | None = None,
     job: str | None = None,
-    state_directory: object = None,
+    state_directory: str | os.PathLike[str] | None = None,
     timeout_s: float = 60.0,
 ) -> Fabric:
     """Enter the fabric as a rank, as `fabric.join` does. The other ranks are met on a thread; cancelling leaves."""

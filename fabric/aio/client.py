@@ -71,8 +71,8 @@ class Fabric(Member[LoopOutbox]):
             face = self._faces[outbox.topic] = Publisher(self._driver, outbox)
         return face
 
-    def _new_publisher(self, topic: str, policy: Policy, when_full: WhenFull, feed: int) -> LoopOutbox:
-        return LoopOutbox(self._engine, self._engine.budget, topic, policy, when_full, feed)
+    def _new_publisher(self, topic: str, policy: Policy, when_full: WhenFull, feed: int, sync: str) -> LoopOutbox:
+        return LoopOutbox(self._engine, self._engine.budget, topic, policy, when_full, feed, sync)
 
     async def publish(
         self, topic: str, value: object, *, seed: int = 0, metadata: Mapping[str, object] | None = None
@@ -106,13 +106,18 @@ class Fabric(Member[LoopOutbox]):
         `start`: `live`, `retained` (what is kept, too) or `last` (the last record of each feed, too). `seeds`: only
         these. `ownership`: `view` into received memory, or `own` memory. `acknowledge`: `auto` or `manual`.
         `delivery`: `reliable`, or `best_effort` (never owed, waited for or repaired; the default of observers).
-        `idle_timeout_s` ends iteration. `cursor` and `name` are for durable subscriptions, which do not exist yet.
+        `idle_timeout_s` ends iteration.
+
+        With a `name` the subscription outlives this process: what it misses meanwhile stays owed to it, for
+        `retention.absent_s`, and it goes on where it stood. `cursor` is what `Subscription.cursor` gave when the
+        application saved its state, `{}` the first time: it goes on from there, and publishers keep everything until
+        `Subscription.commit` says that a later cursor is saved.
 
         Raises `TopicError`, `SeedError`, `ConfigError`, and `SubscribeTimeoutError` if a live member does not confirm.
         """
-        manual, owning, chosen = check_subscription(acknowledge, ownership, cursor, name, seeds)
-        inbox = await self._run(self._opening(pattern, start, delivery, chosen))
-        return Subscription(self._driver, inbox, pattern, manual=manual, owning=owning, idle_timeout_s=idle_timeout_s)
+        options = check_subscription(acknowledge, ownership, cursor, name, seeds)
+        opening = self._opening(pattern, start, delivery, options.seeds, options.name, options.cursor)
+        return Subscription(self._driver, await self._run(opening), pattern, options, idle_timeout_s=idle_timeout_s)
 
     # Handlers.
 

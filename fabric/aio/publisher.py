@@ -60,6 +60,8 @@ class Publisher:
         outbox, driver = self._outbox, self._driver
         if running_loop() is not driver.loop:
             driver.check()
+        if outbox.durability is not None:
+            return await driver.run(outbox.durability.publishing(value, seed, metadata))
         while True:
             try:
                 sequence = outbox.publish(value, seed=seed, metadata=metadata)
@@ -80,6 +82,10 @@ class Publisher:
             raise ValueError(f"{len(values)} values and {len(seeds)} seeds")
         self._driver.check()
         sequences: list[int] = []
+        if self._outbox.durability is not None:
+            seeds = list(map(check_seed, seeds))
+            await self._driver.run(self._outbox.durability.publishing_many(values, seeds, sequences))
+            return sequences
         for first in range(0, len(values), MANY):
             block, checked = values[first : first + MANY], list(map(check_seed, seeds[first : first + MANY]))
             taken: list[int] = []

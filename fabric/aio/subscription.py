@@ -10,7 +10,7 @@ from fabric.aio.driving import LoopDriver, running_loop
 from fabric.engine.inbox import Inbox
 from fabric.errors import WrongThreadError
 from fabric.message import Message
-from fabric.subscription import SubscriptionBase
+from fabric.subscription import Options, SubscriptionBase
 
 __all__ = ["Subscription"]
 
@@ -23,9 +23,9 @@ class Subscription(SubscriptionBase):
     """
 
     def __init__(
-        self, driver: LoopDriver, inbox: Inbox, pattern: str, *, manual: bool, owning: bool, idle_timeout_s: float
+        self, driver: LoopDriver, inbox: Inbox, pattern: str, options: Options, *, idle_timeout_s: float
     ) -> None:
-        super().__init__(driver.engine, inbox, pattern, manual=manual, owning=owning, idle_timeout_s=idle_timeout_s)
+        super().__init__(driver.engine, inbox, pattern, options, idle_timeout_s=idle_timeout_s)
         self._driver = driver
         self._user_task: asyncio.Task[Any] | None = None
 
@@ -78,7 +78,7 @@ class Subscription(SubscriptionBase):
             yield next_message
 
     async def close(self) -> None:
-        """Take nothing more; publishers owe nothing more. Twice is once."""
+        """Take nothing more. Publishers owe nothing more, unless it has a name. Twice is once."""
         self._close()
 
     def _enter(self, *, settle: bool = True) -> None:

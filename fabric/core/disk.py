@@ -1,4 +1,4 @@
-"""What crosses the seam to the spill log: what it answers, and what it is asked for.
+"""What crosses the seam to the disk: what it answers, and what it is asked for.
 
 Writes are numbered from 1 in the order in which they are asked for, over all feeds, and done in that order.
 """
@@ -15,9 +15,12 @@ __all__ = [
     "AppendRecords",
     "LoadRecords",
     "LoadedBurst",
+    "PastFeed",
     "RecordsExpired",
     "RecordsLoaded",
     "ReleaseRecords",
+    "SaveRegistrations",
+    "StateRecovered",
     "WriteFailed",
     "WriteFinished",
 ]
@@ -32,12 +35,36 @@ class LoadedBurst(NamedTuple):
     lost: bool = False
 
 
+class PastFeed(NamedTuple):
+    """What an earlier life of this member left of a feed."""
+
+    feed: int
+    topic: str
+    policy: str
+    incarnation: int
+    end: int
+    exact: bool
+    """Whether it ended there for certain."""
+    bursts: tuple[tuple[int, int, int], ...]
+    """First offset, end, and size in bytes, lowest first."""
+
+
 # Events.
 
 
 @crossing
+class StateRecovered:
+    """This member has state, which outlives it: from now on registrations are saved before they are confirmed."""
+
+    feeds: tuple[PastFeed, ...]
+    """Oldest first."""
+    registrations: bytes
+    """The last blob of `SaveRegistrations`."""
+
+
+@crossing
 class WriteFinished:
-    """All writes up to `number` that were not refused before are in the log."""
+    """All writes up to `number` that were not refused before are on disk."""
 
     number: int
 
@@ -82,6 +109,19 @@ class AppendRecords:
     count: int
     frame: bytes
     payloads: Mapping[int, Buffer] = field(default_factory=dict)
+    policy: str = "reliable"
+    sync: str = ""
+    """`process` or `power` of a durable feed: whether the write is over only when it survives a loss of power."""
+
+
+@crossing
+class SaveRegistrations:
+    """Replace what is known on disk of who is owed what; answer with `WriteFinished` or `WriteFailed`."""
+
+    number: int
+    blob: bytes
+    outlives: bool = False
+    """Whether some of them outlive a clean end of this member."""
 
 
 @crossing

@@ -13,15 +13,19 @@ from fabric.core.cards import Card
 from fabric.core.disk import (
     AppendRecords,
     LoadRecords,
+    PastFeed,
     RecordsExpired,
     RecordsLoaded,
     ReleaseRecords,
+    SaveRegistrations,
+    StateRecovered,
     WriteFailed,
     WriteFinished,
 )
 from fabric.core.seam import Buffer, crossing
 
 if TYPE_CHECKING:
+    from fabric.core.cursors import Cursor
     from fabric.core.lanes import InboundFeed
     from fabric.core.wire import Burst
 
@@ -37,6 +41,7 @@ __all__ = [
     "CompleteRequest",
     "ConnectPeer",
     "ControlReceived",
+    "CursorCommitted",
     "DataReceived",
     "Deliver",
     "DisconnectPeer",
@@ -49,6 +54,7 @@ __all__ = [
     "IntakeStopped",
     "LoadRecords",
     "MessagesSettled",
+    "PastFeed",
     "PayloadChecked",
     "PeerAnnounced",
     "PeerDied",
@@ -65,8 +71,10 @@ __all__ = [
     "RequestIssued",
     "RoomNeeded",
     "RosterAsked",
+    "SaveRegistrations",
     "SendBulk",
     "SendControl",
+    "StateRecovered",
     "SubscriptionClosed",
     "SubscriptionOpened",
     "TimePassed",
@@ -87,6 +95,8 @@ class FeedOpened:
     policy: Policy
     spills: bool = False
     """Whether what is owed of it continues on disk when memory is full."""
+    sync: str = ""
+    """What a durable feed survives, `process` or `power`."""
 
 
 @crossing
@@ -127,13 +137,26 @@ class SubscriptionOpened:
     start: Start
     delivery: Delivery
     seeds: frozenset[int] | None
+    name: str = ""
+    """Of one that outlives its process; its publishers owe it what it misses meanwhile."""
+    cursor: Cursor | None = None
+    """Where the application's checkpoint stands. If given, publishers are told of nothing that is not committed."""
 
 
 @crossing
 class SubscriptionClosed:
-    """The application is done with a subscription."""
+    """The application is done with a subscription. One with a name stays owed unless it is `forgotten`."""
 
     subscription: int
+    forgotten: bool = False
+
+
+@crossing
+class CursorCommitted:
+    """The application saved this cursor: what lies below it is not needed again."""
+
+    subscription: int
+    cursor: Cursor
 
 
 @crossing

@@ -52,6 +52,13 @@ class StoredBurst:
         self.live = count
         """Records that are not superseded; counted for `latest` only."""
 
+    @classmethod
+    def on_disk(cls, first: int, end: int, size: int) -> StoredBurst:
+        """One of which only the disk has the bytes, `size` of them."""
+        burst = cls(first, end - first, b"", None, 0)
+        burst.place, burst.size = Place.DISK, size
+        return burst
+
 
 class OutFeed:
     """One feed of this incarnation. `readers` are the owed subscriptions and the floor that each acknowledged.
@@ -64,6 +71,7 @@ class OutFeed:
         "closed",
         "end",
         "evicted",
+        "exact",
         "feed",
         "incarnation",
         "kept",
@@ -75,14 +83,23 @@ class OutFeed:
         "policy",
         "queued",
         "readers",
+        "refused",
         "released",
         "spills",
+        "sync",
         "topic",
         "unwritten",
     )
 
-    def __init__(self, feed: int, topic: str, policy: Policy, incarnation: int, *, spills: bool = False) -> None:
+    def __init__(
+        self, feed: int, topic: str, policy: Policy, incarnation: int, *, spills: bool = False, sync: str = ""
+    ) -> None:
         self.feed, self.topic, self.policy, self.incarnation, self.spills = feed, topic, policy, incarnation, spills
+        self.sync = sync
+        self.refused = 0
+        """Bursts of a durable feed that the disk did not take: nobody ever saw them."""
+        self.exact: bool | None = None
+        """Of a feed of an earlier life: whether it ended at `end` for certain. None: this life's."""
         self.end = self.acknowledged = self.evicted = self.released = 0
         self.kept: deque[StoredBurst] = deque()
         self.owed: deque[StoredBurst] = deque()
@@ -104,6 +121,11 @@ class OutFeed:
     @property
     def _oldest(self) -> int:
         return self.kept[0].first if self.kept else self.owed[0].first if self.owed else self.end
+
+    @property
+    def is_past(self) -> bool:
+        """Whether an earlier life of this member published it."""
+        return self.exact is not None
 
     @property
     def is_acknowledged(self) -> bool:
@@ -172,6 +194,8 @@ class Retention:
         """A heap of feeds with unwritten bursts, by the serial of the first at the time of entry, as `_oldest`."""
         self.released: dict[int, int] = {}
         """Feeds of which the disk need not keep what lies below these offsets."""
+        self.passing_bytes = 0
+        """Part of what is owed: bursts of durable feeds that no one has before the disk has them."""
 
     def append(
         self, out: OutFeed, first: int, count: int, frame: bytes, payloads: Mapping[int, Buffer] | None
@@ -329,6 +353,13 @@ class Retention:
         self.owed_bytes -= burst.size
         self.spilled_bytes += burst.size
 
+    def append_written(self, out: OutFeed, first: int, end: int, size: int) -> None:
+        """A burst of a durable feed, or of an earlier life, is on disk, and only there."""
+        assert first >= out.end, "bursts do not overlap"
+        out.owed.append(StoredBurst.on_disk(first, end, size))
+        out.end = end
+        self.spilled_bytes += size
+
     def lose(self, out: OutFeed, burst: StoredBurst) -> None:
         """An owed burst on disk is damaged, or given up: it becomes a gap."""
         out.owed.remove(burst)
@@ -338,7 +369,8 @@ class Retention:
         """Assert the sums, and that `owed` is what some reader needs (I6, I7)."""
         feeds = list(feeds)
         owed = [burst for out in feeds for burst in out.owed]
-        assert self.owed_bytes == sum(burst.size for burst in owed if burst.place is not Place.DISK)
+        in_memory = sum(burst.size for burst in owed if burst.place is not Place.DISK)
+        assert self.owed_bytes == in_memory + self.passing_bytes
         assert self.spilled_bytes == sum(burst.size for burst in owed if burst.place is Place.DISK)
         assert self.kept_bytes == sum(burst.size for out in feeds for burst in out.kept)
         for out in feeds:

@@ -44,17 +44,18 @@ class Each:
 
 
 _CARD = (str, int, int, str, str, int, int, str, str, str)
-_REGISTRATION = (int, str, str, str, bool, Each(int, int))
+_REGISTRATION = (int, str, str, str, bool, Each(int, int), str)
 
 FIELDS: dict[Kind, tuple[Any, ...]] = {
     # a card: name, rank + 1 (0: an observer), world size, job, host, pid, version, endpoints of DATA, CONTROL, BULK;
     # then the incarnation of you that I saw, and my subscriptions
     Kind.HELLO: (*_CARD, int, Each(*_REGISTRATION)),
-    # subscription, pattern, start, delivery, resume from 0, positions (feed, floor)
+    # subscription, pattern, start, delivery, resume from 0, positions (feed, floor), name of one that outlives its
+    # process, or nothing
     Kind.REGISTER: _REGISTRATION,
     # subscription, number of feeds that match it by now, some of them: (feed, topic, policy, join offset, end, first
-    # available)
-    Kind.REGISTERED: (int, int, Each(int, str, str, int, int, int)),
+    # available, incarnation, the incarnation whose feed comes before it or 0, ending: 0 open, 1 exact, 2 not known)
+    Kind.REGISTERED: (int, int, Each(int, str, str, int, int, int, int, int, int)),
     Kind.UNREGISTER: (int,),
     # (subscription, feed, floor)
     Kind.ACKNOWLEDGE: (Each(int, int, int),),

@@ -43,6 +43,7 @@ class FollowedFeed:
         "known",
         "live",
         "nonce",
+        "past",
         "peer",
         "pull_due_ns",
         "pull_wait_ns",
@@ -50,11 +51,16 @@ class FollowedFeed:
         "queued_ns",
         "token",
         "topic",
+        "unserved",
         "window",
     )
 
-    def __init__(self, feed: int, peer: Peer, topic: str, known: int, first_wait_ns: int, window: int) -> None:
-        self.feed, self.peer, self.topic, self.incarnation, self.known = feed, peer, topic, peer.incarnation, known
+    def __init__(
+        self, feed: int, peer: Peer, topic: str, incarnation: int, known: int, first_wait_ns: int, window: int
+    ) -> None:
+        self.feed, self.peer, self.topic, self.incarnation, self.known = feed, peer, topic, incarnation, known
+        self.past = self.unserved = incarnation < peer.incarnation
+        """Whether a newer life of its publisher has it, and may have it, but has not said so yet."""
         self.inbounds: list[InboundFeed] = []
         self.pushed = self.queued_ns = 0
         """What came over the push link, or was marked there, ends here: what is absent below it is lost."""
@@ -90,11 +96,14 @@ class Following:
         """One more subscription wants this feed, which has `end` records by now."""
         followed = self.feeds.get(feed)
         if followed is None:
-            first_wait_ns = self._context.config.repair.retry_ms_first * MS
+            repair = self._context.config.repair
             followed = self.feeds[feed] = FollowedFeed(
-                feed, peer, inbound.topic, end, first_wait_ns, self._context.config.repair.window_bytes
+                feed, peer, inbound.topic, inbound.incarnation, end, repair.retry_ms_first * MS, repair.window_bytes
             )
-            self._listen(followed)
+            if followed.past:
+                followed.far = True
+            else:
+                self._listen(followed)
         followed.inbounds.append(inbound)
         followed.known = max(followed.known, end)
         self.confirm(inbound)
@@ -134,6 +143,33 @@ class Following:
             for starved in list(self._starved.values()):
                 self._pull(starved)
 
+    # The feeds of lives that are over.
+
+    def outlive(self, peer: Peer) -> None:
+        """A newer life of a publisher: what we follow of the ones before waits until it says what it has of them."""
+        for followed in self.feeds.values():
+            if followed.peer.name == peer.name and followed.incarnation < peer.incarnation:
+                followed.peer, followed.past, followed.unserved = peer, True, True
+                followed.pull_due_ns = 0
+                if not followed.far:
+                    followed.far, followed.live = True, False
+                    self._context.emit(UnfollowFeed(followed.feed))
+                self._note(followed)
+
+    def serve(self, inbound: InboundFeed, end: int) -> None:
+        """Its publisher's newer life has this feed, up to `end`: it is only pulled, and values are asked for again."""
+        followed = self.feeds[inbound.feed]
+        followed.unserved = False
+        followed.known = max(followed.known, end)
+        for offset, size, checksum in inbound.claimed():
+            self._fetching.begin((followed.feed, offset), followed.peer.name, size, checksum)
+        self._pull(followed)
+
+    def keeps(self, feed: int) -> bool:
+        """Whether what is lost of this feed with its publisher may be had from its next life."""
+        followed = self.feeds.get(feed)
+        return followed is not None and any(inbound.durable for inbound in followed.inbounds)
+
     # Receiving.
 
     def on_burst(self, burst: Burst) -> None:
@@ -166,9 +202,9 @@ class Following:
 
     def _claim(self, followed: FollowedFeed, inbound: InboundFeed) -> None:
         for offset, size, checksum in inbound.claim():
-            if followed.peer.is_gone:  # its goodbye overtook this record: nobody is left to ask for the value
+            if followed.peer.is_gone and not inbound.durable:  # its goodbye overtook this record: nobody has the value
                 inbound.payload_lost(offset, Drop.GAP)
-            else:
+            elif not (followed.peer.is_gone or followed.unserved):
                 self._fetching.begin((followed.feed, offset), followed.peer.name, size, checksum)
         if inbound.has_unclaimed:
             self._claiming[inbound] = followed
@@ -284,7 +320,7 @@ class Following:
 
     def _pull(self, followed: FollowedFeed) -> None:
         now = self._context.now
-        if now < followed.pull_due_ns or followed.peer.is_gone:
+        if now < followed.pull_due_ns or followed.peer.is_gone or followed.unserved:
             return
         if followed.pull_due_ns and self._is_answering(
             followed.peer.bulk_heard_ns, followed.pull_due_ns, followed.pull_wait_ns
@@ -391,7 +427,11 @@ class Following:
 
     def _come_back(self, followed: FollowedFeed) -> None:
         """Near again: listen, and be live once a marker came back over the push link."""
-        if followed.far and all(inbound.room.hand * 2 <= inbound.room.hand_max for inbound in followed.inbounds):
+        if (
+            followed.far
+            and not followed.past
+            and all(inbound.room.hand * 2 <= inbound.room.hand_max for inbound in followed.inbounds)
+        ):
             followed.far = False
             followed.join_wait_ns = JOIN_FIRST_NS
             self._context.counts["rejoined"] += 1
@@ -420,7 +460,7 @@ class Following:
         """Tell each publisher how far we are."""
         by_peer: dict[str, list[tuple[int, int, int]]] = {}
         for (number, feed), (peer, inbound) in self._dirty.items():
-            by_peer.setdefault(peer.name, []).append((number, feed, inbound.floor))
+            by_peer.setdefault(peer.name, []).append((number, feed, inbound.told_floor))
         self._dirty.clear()
         self._dirty_bytes = 0
         for name, entries in by_peer.items():

@@ -15,18 +15,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 
 from fabric.core.events import Buffer, Deliver, ReportGap
 from fabric.core.ranges import RangeSet
-from fabric.core.rooms import Claims, Room
+from fabric.core.rooms import STALE_MAX, Claims, Highest, Room
 from fabric.core.wire import ADDRESSED, NONE, Burst, Drop, feed_id
 
 __all__ = ["InboundFeed"]
-
-
-_STALE_MAX = 64
-"""Ready offsets of records that gave way are swept out once there are so many."""
 
 
 class InboundFeed:
@@ -35,13 +31,15 @@ class InboundFeed:
     __slots__ = (
         "_claims",
         "_emit",
+        "_highest",
         "_holders",
         "_ready",
-        "_tops",
         "_waiting",
         "awaiting",
         "best_effort",
+        "committed",
         "counts",
+        "durable",
         "feed",
         "fin",
         "first_available",
@@ -89,18 +87,31 @@ class InboundFeed:
         """Held records whose addressed value has not come yet."""
         self.reasons: dict[int, str] = {}
         self.fin: int | None = None
-        self.latest = False
         """Where the feed ended, once its publisher told or was lost."""
+        self.latest = self.durable = False
+        self.committed: int | None = None
+        """What the application's last saved cursor says of this feed; None: what is handled counts (S2)."""
         self.turned_away = False
         """Whether something was not taken for lack of room since the engine last looked."""
         self.counts: Counter[str] = Counter()
         self._holders: dict[Burst, int] = {}
-        self._tops: list[int] = []
-        """A heap of the held offsets, negated, once one had to give way; some are held no longer."""
+        self._highest = Highest(self.held)
         self._waiting: dict[int, int] = {}
         self._ready: list[int] = []
         self._claims = Claims(room, self.held, self.awaiting)
         self._emit = emit
+
+    def resume(self, settled: Iterable[tuple[int, int]]) -> None:
+        """Before anything is received: this was settled above the floor when the application saved its cursor."""
+        for first, end in settled:
+            for ranges in (self.settled, self.taken, self.have):
+                ranges.add(first, end)
+            self.known = max(self.known, end)
+
+    @property
+    def told_floor(self) -> int:
+        """What its publisher may know to be settled."""
+        return self.floor if self.committed is None else self.committed
 
     # Receiving.
 
@@ -179,8 +190,7 @@ class InboundFeed:
         self._holders[burst] += 1
         self.held[offset] = burst
         self.have.add(offset, offset + 1)
-        if self._tops:
-            heappush(self._tops, -offset)
+        self._highest.note(offset)
         return True
 
     def _make_room(self, offset: int, burst: Burst, size: int) -> bool:
@@ -188,26 +198,12 @@ class InboundFeed:
         if offset == self.next:
             return True
         while self.room.hold + size > self.room.hold_max and self.held:
-            highest = self._highest()
+            highest = self._highest.find()
             if highest < offset:
                 return self._is_deliverable(offset, burst)
             self._forget(highest)
             self._turn_away(highest)
         return self.room.hold + size <= self.room.hold_max or self._is_deliverable(offset, burst)
-
-    def _highest(self) -> int:
-        """The highest offset that is held; something is.
-
-        Asked for with every row once the room is used up: looking through 100,000 rows each time took seconds.
-        """
-        if len(self._tops) > _STALE_MAX + 2 * len(self.held):
-            self._tops.clear()
-        if not self._tops:
-            self._tops += [-offset for offset in self.held]
-            heapify(self._tops)
-        while -self._tops[0] not in self.held:
-            heappop(self._tops)
-        return -self._tops[0]
 
     def _is_deliverable(self, offset: int, burst: Burst) -> bool:
         index = offset - burst.first
@@ -244,7 +240,7 @@ class InboundFeed:
             previous = self._held_before(offset)  # what is absent in between will not come
         if self._is_taken(previous):
             if offset not in self.awaiting:
-                if len(self._ready) > _STALE_MAX + 2 * len(self.held):
+                if len(self._ready) > STALE_MAX + 2 * len(self.held):
                     self._compact()
                 heappush(self._ready, offset)
         elif (other := self._waiting.get(previous, offset)) != offset and other in self.held:
@@ -276,6 +272,10 @@ class InboundFeed:
                 yield offset, size, checksum
             else:
                 return
+
+    def claimed(self) -> list[tuple[int, int, int]]:
+        """The values that were claimed and have not come: (offset, size, checksum)."""
+        return self._claims.under_way()
 
     @property
     def has_unclaimed(self) -> bool:
@@ -463,7 +463,7 @@ class InboundFeed:
         if self.best_effort or self.next >= target:
             return []
         ranges: list[tuple[int, int]] = []
-        ceiling = self._highest() if self.held and self.room.left <= 0 else target
+        ceiling = self._highest.find() if self.held and self.room.left <= 0 else target
         for first, end in self.have.missing(max(self.next, self.first_available), min(target, ceiling)):
             ranges += self.lost.missing(first, end)
             if len(ranges) >= most:

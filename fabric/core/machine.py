@@ -67,7 +67,8 @@ class FabricCore:
             events.FeedOpened: self.publishing.open_feed,
             events.RoomNeeded: self._on_room_needed,
             events.SubscriptionOpened: self.subscribing.open,
-            events.SubscriptionClosed: lambda event: self.subscribing.close(event.subscription),
+            events.SubscriptionClosed: self.subscribing.close,
+            events.CursorCommitted: self.subscribing.commit,
             events.RequestIssued: self.exchange.issue,
             events.RequestAbandoned: lambda event: self.exchange.abandon(event.request),
             events.ReplyIssued: self.exchange.reply,
@@ -76,8 +77,9 @@ class FabricCore:
             events.PeerDied: self._on_peer_died,
             events.RosterAsked: self._on_roster_asked,
             events.IntakeStopped: self._on_intake_stopped,
-            events.WriteFinished: self.publishing.spilling.on_finished,
-            events.WriteFailed: self.publishing.spilling.on_failed,
+            events.StateRecovered: self.publishing.recover,
+            events.WriteFinished: self.publishing.on_written,
+            events.WriteFailed: self.publishing.on_refused,
             events.RecordsLoaded: self._on_records_loaded,
             events.RecordsExpired: self._on_records_expired,
         }
@@ -220,13 +222,14 @@ class FabricCore:
                 self.publishing.forget(peer.name)
                 self.exchange.forget(peer.name)
                 self._lose_fetches(peer.name)
+            self.publishing.forget_before(peer)
             self.subscribing.welcome(peer)
         return peer
 
     def _hello(self, peer: Peer) -> None:
         context = self.context
         context.send(
-            peer.name, Kind.HELLO, *card_fields(context.card), peer.incarnation, self.subscribing.registrations()
+            peer.name, Kind.HELLO, *card_fields(context.card), peer.incarnation, self.subscribing.registrations(peer)
         )
 
     def _on_hello(self, message: Control) -> None:
@@ -262,8 +265,8 @@ class FabricCore:
         self.subscribing.on_heartbeat(peer, feeds)
 
     def _on_fin(self, peer: Peer, fields: Sequence[Any]) -> None:
-        topic, incarnation, _, _, _, end, exact = fields
-        self.subscribing.on_fin(peer, topic, incarnation, end, exact)
+        topic, incarnation, _, _, first, end, exact = fields
+        self.subscribing.endings.on_fin(peer, topic, incarnation, first, end, exact)
 
     def _on_bye(self, peer: Peer, fields: Sequence[Any]) -> None:
         """The last of them ends it: many feeds take several frames."""
@@ -296,7 +299,8 @@ class FabricCore:
 
     def _lose_fetches(self, name: str) -> None:
         for space, number in self.fetching.forget(name):
-            self._give_payload(space, number, None, Drop.GAP)
+            if not self.following.keeps(space):
+                self._give_payload(space, number, None, Drop.GAP)
 
     def _on_roster_asked(self, event: events.RosterAsked) -> None:
         self.context.send(event.peer, Kind.ROSTER_ASK, *card_fields(self.context.card), self.context.incarnation)

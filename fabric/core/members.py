@@ -41,6 +41,12 @@ class Context:
         self.emit = self.commands.append
         self.counts: Counter[str] = Counter()
         """Events that have a counter and no other trace: drops by reason, demotions, repairs, resends."""
+        self._writes = 0
+
+    def next_write(self) -> int:
+        """The number of the next thing that the disk is asked to write."""
+        self._writes += 1
+        return self._writes
 
     def wake_by(self, due_ns: int) -> None:
         """Something is due then."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fabric.config import Policy, Start
+from fabric.config import Policy
+from fabric.core.ancestry import Ancestry
+from fabric.core.disk import SaveRegistrations, StateRecovered, WriteFailed, WriteFinished
+from fabric.core.durable import DurableWrites
 from fabric.core.events import Broadcast, Buffer, BurstClosed, FeedOpened, SendBulk
 from fabric.core.feeds import OutFeed, Reader, Retention
-from fabric.core.members import MS, Context, Members, Peer
+from fabric.core.members import MS, Context, Members, Peer, S
 from fabric.core.ranges import RangeSet
+from fabric.core.registrations import Registration, Registrations
 from fabric.core.spilling import Question, Spilling
 from fabric.core.wire import Drop, Kind, encode_control, encode_marker, feed_id
-from fabric.errors import TopicError
-from fabric.topics import Pattern, compile_pattern
 
 __all__ = ["Publishing"]
 
@@ -29,24 +31,8 @@ PULL_RANGES_MAX = 64
 """Ranges of a pull that are answered; the same as a subscriber asks for at once."""
 UNKNOWN_PER_FRAME_MAX = 64
 """Answers to one frame of acknowledgements; the rest is told with the next."""
-REGISTRATIONS_PER_PEER_MAX = 4096
-"""Subscriptions that one peer may hold here."""
-
-
-class _Registration:
-    """A subscription of a member.
-
-    `joins`: where it began in each feed that it matches; a repeated HELLO gets the same answer. `unproven`: those of
-    which the subscriber has not said that it knows; they are told again.
-    """
-
-    __slots__ = ("best_effort", "from_start", "joins", "pattern", "reader", "start", "unproven")
-
-    def __init__(self, reader: Reader, pattern: Pattern, start: str, best_effort: bool, from_start: bool) -> None:
-        self.reader, self.pattern, self.start = reader, pattern, start
-        self.best_effort, self.from_start = best_effort, from_start
-        self.joins: dict[int, int] = {}
-        self.unproven: dict[int, None] = {}
+SAVE_NS = 5 * S
+"""Acknowledged positions are saved so often: who begins again after both sides died gets at most so much twice."""
 
 
 class Publishing:
@@ -55,11 +41,17 @@ class Publishing:
     def __init__(self, context: Context, members: Members) -> None:
         self._context, self._members = context, members
         self.feeds: dict[str, OutFeed] = {}
-        self.by_id: dict[int, OutFeed] = {}
         retention = context.config.retention
         self.retention = Retention(owed_bytes_max=retention.owed_bytes_max, kept_bytes_max=retention.kept_bytes_max)
+        self.ancestry = Ancestry(self.retention)
+        self.by_id = self.ancestry.by_id
         self.spilling = Spilling(context, self.retention)
-        self._registrations: dict[str, dict[int, _Registration]] = {}
+        self.durable = DurableWrites(context, self.retention)
+        self.registrations = Registrations(context)
+        self._saving: dict[int, list[Registration]] = {}
+        """Writes of the registrations, and who is confirmed once they are over."""
+        self._save_due_ns = 0
+        self._saved = b""
         self._expired: dict[str, dict[int, None]] = {}
         """Subscriptions of members that were absent too long; should they come back, they are told."""
         self._tick_due_ns = 0
@@ -71,20 +63,30 @@ class Publishing:
     def open_feed(self, event: FeedOpened) -> None:
         """A feed begins; every registration that matches it is told and begins at offset 0."""
         identity = feed_id(self._context.name, self._context.incarnation, event.topic)
-        out = OutFeed(identity, event.topic, event.policy, self._context.incarnation, spills=event.spills)
-        self.feeds[event.topic] = self.by_id[identity] = out
-        for registrations in self._registrations.values():
-            for registration in registrations.values():
-                if registration.pattern.matches(event.topic):
-                    self._enrol(registration, out, 0)
-                    self._tell(registration, [out])
+        out = OutFeed(
+            identity, event.topic, event.policy, self._context.incarnation, spills=event.spills, sync=event.sync
+        )
+        self.feeds[event.topic] = out
+        self.ancestry.add(out)
+        for registration in self.registrations:
+            if registration.pattern.matches(event.topic):
+                self._enrol(registration, out, 0)
+                self._tell(registration, [out])
 
     def close_burst(self, event: BurstClosed) -> None:
-        """Retain, then send."""
+        """Retain, then send; of a durable feed, write, then send."""
         out = self.feeds[event.topic]
+        if out.policy is Policy.DURABLE:
+            self.durable.ask(out, event)
+            return
         burst = self.retention.append(out, event.first, event.count, event.frame, event.payloads)
         if out.policy is Policy.LATEST:
             self.retention.supersede(out, burst, event.seeds)
+        self._send(out, event)
+        if out.spills:
+            self.spilling.write()
+
+    def _send(self, out: OutFeed, event: BurstClosed) -> None:
         out.last_data_ns = self._context.now
         if out.readers:
             self._pending[out.feed] = out
@@ -92,8 +94,65 @@ class Publishing:
         if out.readers or out.listeners:
             self._context.emit(Broadcast(event.frame))
         self._context.counts["bursts_published"] += 1
-        if out.spills:
-            self.spilling.write()
+
+    # The disk.
+
+    def recover(self, event: StateRecovered) -> None:
+        """We have state: what earlier lives left is owed on, to whom it was owed (P3, P8)."""
+        registrations = self.registrations
+        registrations.persists = True
+        registrations.restore(event.registrations)
+        for past in event.feeds:
+            self.ancestry.restore(past)
+        for registration in registrations:
+            self._begin(registration, {})
+        for out in self.ancestry.past():
+            self._settle(out)
+        self._save_due_ns = self._context.now + SAVE_NS
+
+    def on_written(self, event: WriteFinished) -> None:
+        """The disk is done with everything up to a number."""
+        self.spilling.on_finished(event)
+        for out, burst in self.durable.finished(event.number):
+            self._send(out, burst)
+            if not out.readers:
+                self._settle(out)
+        for number in [number for number in self._saving if number <= event.number]:
+            for registration in self._saving.pop(number):
+                if registration.saved == number:
+                    registration.saved = 0
+                    self._tell(registration)
+
+    def on_refused(self, event: WriteFailed) -> None:
+        """The disk refused. Who waits to be confirmed asks again."""
+        self.spilling.on_failed(event)
+        self.durable.on_failed(event)
+        for number in self._saving.keys() & range(event.first, event.number + 1):
+            for registration in self._saving.pop(number):
+                registration.saved = -1 if registration.saved == number else registration.saved
+            self._saved = b""
+
+    def _save(self, registration: Registration) -> None:
+        """Write down who is owed what, and then confirm."""
+        registration.saved = self._write_down(self.registrations.pack(self._position_of), [registration])
+
+    def _save_again(self) -> None:
+        """Write down what moved since."""
+        packed = self.registrations.pack(self._position_of)
+        self._save_due_ns = self._context.now + SAVE_NS
+        if packed != self._saved:
+            self._write_down(packed, [])
+
+    def _write_down(self, packed: bytes, confirming: list[Registration]) -> int:
+        number = self._context.next_write()
+        self._saving[number], self._saved = confirming, packed
+        self._save_due_ns = self._context.now + SAVE_NS
+        outlives = any(registration.name for registration in self.registrations)
+        self._context.emit(SaveRegistrations(number, packed, outlives))
+        return number
+
+    def _position_of(self, registration: Registration, feed: int) -> int:
+        return self.by_id[feed].readers.get(registration.reader, registration.joins[feed])
 
     def stop(self) -> list[tuple[int, int]]:
         """No burst follows; returns the ends of all feeds for BYE."""
@@ -104,34 +163,49 @@ class Publishing:
     # Registrations.
 
     def register(self, peer: Peer, fields: Sequence[Any]) -> None:
-        """A subscription of a peer (S1). Its first registration fixes its join offsets."""
-        number, text, start, delivery, from_start, positions = fields
+        """A subscription of a peer (S1). The first registration of a session fixes where it begins in each feed."""
         if peer.is_gone:  # an old HELLO; nobody would ever acknowledge
             self._context.counts[Drop.STALE] += 1
             return
-        mine = self._registrations.setdefault(peer.name, {})
-        self._expired.get(peer.name, {}).pop(number, None)
-        registration = mine.get(number)
-        if registration is None:
-            if len(mine) >= REGISTRATIONS_PER_PEER_MAX:
-                self._context.counts[Drop.NO_ROOM] += 1
-                return
-            try:
-                pattern, start = compile_pattern(text), Start(start)
-            except (TopicError, ValueError):
-                self._context.counts[Drop.SHAPE] += 1
-                return
-            registration = mine[number] = _Registration(
-                (peer.name, number), pattern, start, delivery == "best_effort", bool(from_start)
-            )
-            stated = dict(positions)
-            for out in self.feeds.values():
-                if pattern.matches(out.topic):
-                    self._enrol(registration, out, stated.get(out.feed, 0 if from_start else out.join_offset(start)))
-        self._tell(registration, [self.by_id[feed] for feed in registration.joins])
+        self._expired.get(peer.name, {}).pop(fields[0], None)
+        before = self.registrations.of(peer.name).get(fields[0])
+        opened = self.registrations.opened(peer, list(fields))
+        if opened is None:
+            return
+        registration, is_new, former = opened
+        if before is not None and before is not registration:
+            self._leave_feeds(before)  # the number of an earlier life's, or of a session that this one replaces
+        self._rename(registration, former)
+        if is_new:
+            self._begin(registration, dict(fields[5]))
+        if self._must_save(registration):
+            self._save(registration)
+        elif not registration.saved:
+            self._tell(registration)
 
-    def _enrol(self, registration: _Registration, out: OutFeed, join: int) -> None:
-        join = registration.joins[out.feed] = min(join, out.end)
+    def _must_save(self, registration: Registration) -> bool:
+        if not self.registrations.persists or registration.best_effort:
+            return False
+        return registration.saved < 0 or (self.registrations.changed and not registration.saved)
+
+    def _begin(self, registration: Registration, stated: dict[int, int]) -> None:
+        """Enrol a new session of a subscription in what it is owed."""
+        lines = self.ancestry.matching(registration)
+        starts = [Ancestry.starts(registration, line, stated) for line in lines]
+        registration.joins.clear()
+        registration.since = registration.since or self._context.incarnation
+        for line, begins in zip(lines, starts, strict=True):
+            for out in line:
+                if out.feed in begins:
+                    self._enrol(registration, out, begins[out.feed])
+                elif out.readers.pop(registration.reader, None) is not None:
+                    self._settle(out)
+
+    def _enrol(self, registration: Registration, out: OutFeed, join: int) -> None:
+        join = min(join, out.end)
+        if out.is_past and join == out.end and out.exact:
+            return  # it is done with that
+        registration.joins[out.feed] = join
         registration.unproven[out.feed] = None
         if registration.best_effort or out.policy is Policy.LOSSY:
             out.listeners.add(registration.reader)
@@ -145,15 +219,24 @@ class Publishing:
             self._pending[out.feed] = out
             self._look_soon()
 
-    def _tell(self, registration: _Registration, feeds: list[OutFeed]) -> None:
-        name, number = registration.reader
+    def _tell(self, registration: Registration, feeds: list[OutFeed] | None = None) -> None:
+        """Name feeds to a subscriber, by default all that it is owed, oldest first of each topic."""
+        if registration.absent_ns or registration.saved:
+            return
         joins = registration.joins
+        name, number = registration.reader
+        if feeds is None:
+            feeds = sorted((self.by_id[feed] for feed in joins), key=lambda out: out.incarnation)
         for begin in range(0, len(feeds) or 1, FEEDS_PER_FRAME):
-            some = [
-                (out.feed, out.topic, out.policy.value, joins[out.feed], out.end, out.first_available)
-                for out in feeds[begin : begin + FEEDS_PER_FRAME]
-            ]
+            some = [self._row(registration, out) for out in feeds[begin : begin + FEEDS_PER_FRAME]]
             self._context.send(name, Kind.REGISTERED, number, len(joins), some)
+
+    def _row(self, registration: Registration, out: OutFeed) -> tuple[Any, ...]:
+        ending = 0 if out.exact is None else 1 if out.exact else 2
+        before = self.ancestry.before(registration, out)
+        join = registration.joins[out.feed]
+        known = out.feed, out.topic, out.policy.value, join, out.end, out.first_available
+        return *known, out.incarnation, before, ending
 
     def on_unregister(self, peer: Peer, number: int) -> None:
         """A peer is done with a subscription; it asks until it hears that we do not know it any more."""
@@ -163,9 +246,11 @@ class Publishing:
 
     def unregister(self, name: str, number: int) -> None:
         """A subscription ended."""
-        registration = self._registrations.get(name, {}).pop(number, None)
-        if registration is None:
-            return
+        registration = self.registrations.drop(name, number)
+        if registration is not None:
+            self._leave_feeds(registration)
+
+    def _leave_feeds(self, registration: Registration) -> None:
         for feed in registration.joins:
             out = self.by_id[feed]
             out.readers.pop(registration.reader, None)
@@ -173,27 +258,58 @@ class Publishing:
             self._settle(out)
 
     def forget(self, name: str) -> None:
-        """A member left, died or began a new life: what it subscribed to ended with it."""
-        for number in list(self._registrations.get(name, ())):
-            self.unregister(name, number)
+        """A member left, died or began a new life: what it subscribed to without a name ended with it."""
+        for number, registration in list(self.registrations.of(name).items()):
+            if not registration.name:
+                self.unregister(name, number)
+            elif not registration.absent_ns:
+                self._rest(registration)
         self._expired.pop(name, None)
+
+    def _rest(self, registration: Registration) -> None:
+        """A subscription with a name: nobody has it open, and it stays owed."""
+        former = registration.reader
+        self.registrations.leave(registration)
+        self._rename(registration, former)
+
+    def _rename(self, registration: Registration, former: Reader) -> None:
+        for feed in registration.joins if registration.reader != former else ():
+            readers = self.by_id[feed].readers
+            if former in readers:
+                readers[registration.reader] = readers.pop(former)
+
+    def forget_before(self, peer: Peer) -> None:
+        """We meet a member that an earlier life of ours may have known in an earlier life of its own."""
+        for number, registration in list(self.registrations.of(peer.name).items()):
+            if not registration.name and registration.incarnation < peer.incarnation:
+                self.unregister(peer.name, number)
 
     def registrations_of(self, name: str) -> int:
         """How many subscriptions of a member are registered here."""
-        return len(self._registrations.get(name, ()))
+        return len(self.registrations.of(name))
 
     def on_acknowledge(self, peer: Peer, entries: list[tuple[int, int, int]]) -> None:
         """Cumulative: positions are only raised (S2)."""
-        registered = self._registrations.get(peer.name, {})
+        registered = self.registrations.of(peer.name)
         for number in sorted({number for number, _, _ in entries} - registered.keys())[:UNKNOWN_PER_FRAME_MAX]:
             self._context.send(peer.name, Kind.UNKNOWN, number)
         for number, feed, floor in entries:
             if number in registered:
                 registered[number].unproven.pop(feed, None)
             out = self.by_id.get(feed)
-            if out is not None and out.readers.get((peer.name, number), floor) < floor <= out.end:
+            if out is not None and out.is_past:
+                self._end_past(out, (peer.name, number), floor)
+            elif out is not None and out.readers.get((peer.name, number), floor) < floor <= out.end:
                 out.readers[peer.name, number] = floor
                 self._settle(out)
+
+    def _end_past(self, out: OutFeed, reader: Reader, floor: int) -> None:
+        """Of a feed of an earlier life, whose end may not be certain, a subscriber can have more than we."""
+        if out.readers.get(reader, floor) < floor:
+            out.readers[reader] = min(floor, out.end)
+        if floor >= out.end and out.readers.pop(reader, None) is not None:
+            self.registrations.of(reader[0])[reader[1]].joins.pop(out.feed, None)
+        self._settle(out)
 
     def _settle(self, out: OutFeed) -> None:
         self.retention.acknowledge(out)
@@ -251,12 +367,13 @@ class Publishing:
         self._context.emit(Broadcast(frame, marker=True))
 
     def on_status(self, peer: Peer, topic: str, incarnation: int) -> None:
-        """Where an older feed of ours ended: nothing is left of it, so its end is not known (P7)."""
-        if incarnation < self._context.incarnation:
-            out = self.feeds.get(topic)
-            self._context.send(
-                peer.name, Kind.FIN, topic, incarnation, self._context.incarnation, out.feed if out else 0, 0, 0, False
-            )
+        """Where an older feed of ours ended; if nothing is known of it, its end is not (P7)."""
+        if incarnation >= self._context.incarnation:
+            return
+        current, past = self.feeds.get(topic), self.by_id.get(feed_id(self._context.name, incarnation, topic))
+        ending = (past.first_available, past.end, bool(past.exact)) if past is not None else (0, 0, False)
+        following = self._context.incarnation, current.feed if current else 0
+        self._context.send(peer.name, Kind.FIN, topic, incarnation, *following, *ending)
 
     # Time.
 
@@ -265,9 +382,20 @@ class Publishing:
         liveness, now = self._context.config.liveness, self._context.now
         if now < self._tick_due_ns:
             return
-        next_ns = now + (liveness.marker_ms if self._pending else liveness.heartbeat_ms) * MS
-        marked = 0
-        for out in list(self._pending.values()):
+        self._tick_due_ns = self._mark_idle(now + (liveness.marker_ms if self._pending else liveness.heartbeat_ms) * MS)
+        for peer in list(self._members.by_name.values()):
+            if not peer.is_gone and peer.state != "known":
+                self._heartbeat(peer)
+                if peer.name != self._context.name:
+                    self._expire(peer)
+        self._expire_absent()
+        if self.registrations.persists and now >= self._save_due_ns:
+            self._save_again()
+
+    def _mark_idle(self, next_ns: int) -> int:
+        """Mark the feeds that are due; when to look again."""
+        now, marked = self._context.now, 0
+        for out in [out for out in self._pending.values() if not out.is_past]:  # nobody listens for those
             if now >= self._marker_due_ns(out) and marked < MARKERS_PER_TICK_MAX:
                 self._mark(out, [])
                 marked += 1
@@ -275,12 +403,7 @@ class Publishing:
         if marked:  # a full pipe takes the first of many: it is another one each time
             first = next(iter(self._pending))
             self._pending[first] = self._pending.pop(first)
-        self._tick_due_ns = max(next_ns, now + TICK_NS_MIN + marked * MARKER_REST_NS)
-        for peer in list(self._members.by_name.values()):
-            if not peer.is_gone and peer.state != "known":
-                self._heartbeat(peer)
-                if peer.name != self._context.name:
-                    self._expire(peer)
+        return max(next_ns, now + TICK_NS_MIN + marked * MARKER_REST_NS)
 
     def _marker_due_ns(self, out: OutFeed) -> int:
         liveness = self._context.config.liveness
@@ -300,7 +423,7 @@ class Publishing:
         if listed or idle:
             peer.told_ns = now
             self._context.send(peer.name, Kind.HEARTBEAT, listed, peer.incarnation)
-            for registration in self._registrations.get(peer.name, {}).values():
+            for registration in self.registrations.of(peer.name).values():
                 if registration.unproven:
                     self._tell(registration, [self.by_id[feed] for feed in registration.unproven])
             for number in list(self._expired.get(peer.name, ()))[:UNKNOWN_PER_FRAME_MAX]:
@@ -308,11 +431,19 @@ class Publishing:
 
     def _expire(self, peer: Peer) -> None:
         absent_ns = self._context.config.retention.absent_s * 1000 * MS
-        if self._registrations.get(peer.name) and self._context.now - peer.heard_ns > absent_ns:
-            self._context.counts["registrations_expired"] += len(self._registrations[peer.name])
-            expired = self._expired.get(peer.name, {}) | dict.fromkeys(self._registrations[peer.name])
-            self.forget(peer.name)
+        mine = self.registrations.of(peer.name)
+        if mine and self._context.now - peer.heard_ns > absent_ns:
+            self._context.counts["registrations_expired"] += len(mine)
+            expired = self._expired.get(peer.name, {}) | dict.fromkeys(mine)
+            for number in list(mine):
+                self.unregister(peer.name, number)
             self._expired[peer.name] = expired
+
+    def _expire_absent(self) -> None:
+        absent_ns = int(self._context.config.retention.absent_s * S)
+        for registration in self.registrations.overdue(absent_ns):
+            self._context.counts["registrations_expired"] += 1
+            self.unregister(*registration.reader)
 
     def _look_soon(self) -> None:
         """Somebody owes an acknowledgement: markers may be due before the next heartbeat."""
@@ -336,8 +467,9 @@ class Publishing:
 
     def check_invariants(self) -> None:
         """Assert what must hold between feeds, retention and registrations."""
-        self.retention.check_invariants(self.feeds.values())
+        self.retention.check_invariants(self.by_id.values())
         self.spilling.check_invariants()
-        for out in self.feeds.values():
+        self.durable.check_invariants()
+        for out in self.by_id.values():
             if out.policy is not Policy.LOSSY:
                 assert out.is_acknowledged or out.feed in self._pending, f"{out} would never be marked"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from fabric.core.wire import Burst, Drop, decode_descriptor
@@ -11,7 +11,10 @@ from fabric.errors import WireFormatError
 if TYPE_CHECKING:
     from fabric.core.lanes import InboundFeed
 
-__all__ = ["Claims", "Room"]
+__all__ = ["STALE_MAX", "Claims", "Highest", "Room"]
+
+STALE_MAX = 64
+"""Offsets of records that gave way are swept out once there are so many."""
 
 
 class Room:
@@ -102,3 +105,41 @@ class Claims:
     def give(self, offset: int) -> None:
         """This record is not held any more."""
         self._room.payload -= self.sizes.pop(offset, 0)
+
+    def under_way(self) -> list[tuple[int, int, int]]:
+        """The values that have room and have not come, lowest first: (offset, size, checksum)."""
+        found = []
+        for offset in sorted(self._awaiting & self.sizes.keys()):
+            burst = self._held[offset]
+            found.append((offset, *decode_descriptor(burst.body(offset - burst.first))))
+        return found
+
+
+class Highest:
+    """The highest of the held offsets.
+
+    Asked for with every row once the room is used up: looking through 100,000 rows each time took seconds.
+    """
+
+    __slots__ = ("_held", "_tops")
+
+    def __init__(self, held: dict[int, Burst]) -> None:
+        self._held = held
+        self._tops: list[int] = []
+        """A heap of the held offsets, negated, once one had to give way; some are held no longer."""
+
+    def note(self, offset: int) -> None:
+        """This one is held from now on."""
+        if self._tops:
+            heappush(self._tops, -offset)
+
+    def find(self) -> int:
+        """The highest; something is held."""
+        if len(self._tops) > STALE_MAX + 2 * len(self._held):
+            self._tops.clear()
+        if not self._tops:
+            self._tops += [-offset for offset in self._held]
+            heapify(self._tops)
+        while -self._tops[0] not in self._held:
+            heappop(self._tops)
+        return -self._tops[0]

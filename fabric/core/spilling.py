@@ -44,7 +44,7 @@ class Spilling:
         self._context, self._retention = context, retention
         self._writes: dict[int, tuple[OutFeed, StoredBurst]] = {}
         """Writes under way, by number, in their order."""
-        self._number = self._refused_until_ns = self._again_ns = self._failed_reads = 0
+        self._refused_until_ns = self._again_ns = self._failed_reads = 0
         self._most = retention.owed_bytes_max // 2
         """Owed in memory; what is more is written."""
         self._current: Question | None = None
@@ -75,7 +75,7 @@ class Spilling:
                 self._most = retention.owed_bytes_max // 2
                 break
             out, burst = found
-            number = self._number = self._number + 1
+            number = self._context.next_write()
             self._writes[number] = found
             self._context.emit(
                 AppendRecords(
@@ -99,7 +99,10 @@ class Spilling:
 
     def on_failed(self, event: WriteFailed) -> None:
         """They stay in memory, first in the queue, and publishers wait meanwhile."""
-        for number in sorted(self._writes.keys() & range(event.first, event.number + 1), reverse=True):
+        refused = sorted(self._writes.keys() & range(event.first, event.number + 1), reverse=True)
+        if not refused:
+            return
+        for number in refused:
             self._retention.written(*self._writes.pop(number), done=False)
         self._context.counts["writes_failed"] += 1
         self._refused_until_ns = self._context.now + RETRY_NS
@@ -174,7 +177,7 @@ class Spilling:
                 self._context.counts["bursts_damaged"] += 1
                 self._retention.lose(out, burst)
             elif not burst.frame:
-                burst.frame, burst.payloads = frame, payloads
+                burst.frame, burst.frame_size, burst.payloads = frame, len(frame), payloads
                 self._loaded[burst] = out
                 self._loaded_bytes += burst.size
                 self._context.counts["bursts_loaded"] += 1

@@ -6,12 +6,24 @@ from collections import Counter
 from typing import Any
 
 from fabric.config import Delivery, Policy
-from fabric.core.events import BeginFeed, Buffer, EndFeed, MessagesSettled, ReportGap, SubscriptionOpened
+from fabric.core.cursors import Cursor, Place
+from fabric.core.endings import Endings
+from fabric.core.events import (
+    BeginFeed,
+    Buffer,
+    CursorCommitted,
+    EndFeed,
+    MessagesSettled,
+    ReportGap,
+    SubscriptionClosed,
+    SubscriptionOpened,
+)
 from fabric.core.fetching import Fetching
 from fabric.core.following import FollowedFeed, Following
 from fabric.core.lanes import InboundFeed
 from fabric.core.members import MS, Context, Members, Peer
 from fabric.core.rooms import Room
+from fabric.core.subscriptions import Key, Row, Subscription
 from fabric.core.wire import Drop, Kind, feed_id
 from fabric.errors import TopicError
 from fabric.topics import check_topic, compile_pattern
@@ -22,24 +34,8 @@ HELLO_REGISTRATIONS_MAX = 400
 """Subscriptions in one HELLO: with the longest patterns it stays below CONTROL_BYTES_MAX. The rest registers alone."""
 FEEDS_PER_SUBSCRIPTION_MAX = 100_000
 """A member that names feeds without end is not followed beyond this: 64 members with 1,500 topics each."""
+HELLO_POSITIONS_MAX = 4
 REGISTER_FIRST_NS, REGISTER_MAX_NS = 50 * MS, 1000 * MS
-
-
-class _Subscription:
-    """One subscription of ours. `confirmed`: the peers whose registration is complete, in their current life."""
-
-    __slots__ = ("asked", "confirmed", "delivery", "feeds", "later", "number", "pattern", "room", "seeds", "start")
-
-    def __init__(self, event: SubscriptionOpened, room: Room) -> None:
-        self.number, self.pattern, self.seeds, self.room = event.subscription, event.pattern, event.seeds, room
-        self.start, self.delivery = event.start, event.delivery
-        self.feeds: dict[tuple[str, str], InboundFeed] = {}
-        """By source and topic: the incarnation that is being settled."""
-        self.later: dict[tuple[str, str], tuple[list[Any], int]] = {}
-        """Feeds of newer incarnations, with those, until the current one is settled (S7)."""
-        self.confirmed: dict[str, int] = {}
-        self.asked: dict[str, tuple[int, int, bool]] = {}
-        """Peers that have not confirmed: when to ask again, the wait after that, whether to begin at offset 0."""
 
 
 class Subscribing:
@@ -48,13 +44,10 @@ class Subscribing:
     def __init__(self, context: Context, members: Members, fetching: Fetching) -> None:
         self._context, self._members, self._fetching = context, members, fetching
         self.following = Following(context, fetching)
-        self.subscriptions: dict[int, _Subscription] = {}
+        self.subscriptions: dict[int, Subscription] = {}
         self._leaving: dict[tuple[str, int], tuple[int, int]] = {}
         """Closed subscriptions of which a peer has to hear: when to tell it again, and the wait after that."""
-        self._ended: list[InboundFeed] = []
-        """Feeds whose end is not known: what follows their last record is an open gap."""
-        self._ending: dict[InboundFeed, int] = {}
-        """Feeds of lives that are over, and when to ask again where they ended."""
+        self.endings = Endings(context, members, fetching, self.following, self.subscriptions, self._retire)
         self._past: Counter[str] = Counter()
         """What became of the records of feeds that are over."""
 
@@ -70,18 +63,21 @@ class Subscribing:
             payload_max=inboxes.assembly_bytes_max,
             payload_bytes_max=inboxes.payload_bytes_max,
         )
-        subscription = self.subscriptions[event.subscription] = _Subscription(event, room)
+        subscription = self.subscriptions[event.subscription] = Subscription(event, room)
         for peer in self._members.by_name.values():
             if not peer.is_gone:
                 self._register(subscription, peer, from_start=False)
 
-    def close(self, number: int) -> None:
-        """The application is done: nothing more is asked for, and publishers owe nothing more."""
+    def close(self, event: SubscriptionClosed) -> None:
+        """The application is done: nothing more is asked for. Publishers owe nothing more, but to one with a name."""
+        number = event.subscription
         subscription = self.subscriptions.pop(number, None)
         if subscription is None:
             return
         for inbound in subscription.feeds.values():
             self._drop_inbound(inbound)
+        if subscription.name and not event.forgotten:
+            return
         for peer in self._members.by_name.values():
             if not peer.is_gone:
                 self._leave(peer, number)
@@ -106,7 +102,25 @@ class Subscribing:
         inbound.settle(event.first, event.end, event.size)
         self.following.settled(inbound, event.size)
         if inbound.fin is not None:
-            self._check_finished(inbound)
+            self.endings.check(inbound)
+
+    def commit(self, event: CursorCommitted) -> None:
+        """The application saved a cursor: publishers hear of it."""
+        subscription = self.subscriptions.get(event.subscription)
+        if subscription is None:
+            return
+        for (source, _), feed, floor in subscription.commit(event.cursor):
+            self._context.send(source, Kind.ACKNOWLEDGE, [(subscription.number, feed, floor)])
+        for key in event.cursor:
+            inbound = subscription.feeds.get(key)
+            followed = self.following.find(inbound) if inbound is not None else None
+            if inbound is not None and followed is not None:
+                self.following.acknowledge_soon(followed, inbound)
+
+    def cursor(self, number: int) -> Cursor:
+        """Where a subscription stands."""
+        subscription = self.subscriptions.get(number)
+        return subscription.cursor() if subscription is not None else {}
 
     def unconfirmed(self, number: int) -> list[str]:
         """The members that are there and have not confirmed a subscription."""
@@ -130,13 +144,13 @@ class Subscribing:
 
     # Registering.
 
-    def registrations(self) -> list[tuple[Any, ...]]:
+    def registrations(self, peer: Peer) -> list[tuple[Any, ...]]:
         """All subscriptions, as HELLO carries them to a member that is new to us.
 
-        It owes everything from its offset 0.
+        It owes everything from its offset 0. Those whose places take more room register alone.
         """
-        some = list(self.subscriptions.values())[:HELLO_REGISTRATIONS_MAX]
-        return [self._fields(subscription, True, ()) for subscription in some]
+        some = [subscription.fields(peer.name, from_start=True) for subscription in self.subscriptions.values()]
+        return [fields for fields in some if len(fields[5]) <= HELLO_POSITIONS_MAX][:HELLO_REGISTRATIONS_MAX]
 
     def welcome(self, peer: Peer) -> None:
         """A member, or a new life of one, is known: its HELLO carries our subscriptions, and it has to confirm them."""
@@ -144,48 +158,35 @@ class Subscribing:
             subscription.confirmed.pop(peer.name, None)
             subscription.asked[peer.name] = (self._context.now + REGISTER_FIRST_NS, REGISTER_FIRST_NS, True)
             self._context.wake_by(self._context.now + REGISTER_FIRST_NS)
+            subscription.told.pop(peer.name, None)
             for key in [key for key in subscription.later if key[0] == peer.name]:
                 self._miss(subscription, key)
-            for (source, _), inbound in list(subscription.feeds.items()):
-                if source == peer.name and inbound.incarnation < peer.incarnation and inbound.fin is None:
-                    self._ask_about_end(inbound)
+        self.following.outlive(peer)
+        self.endings.welcome(peer)
         self._forget_leaving(peer)
 
-    def _miss(self, subscription: _Subscription, key: tuple[str, str]) -> None:
-        """A life of a publisher is over before we came to it: what it published is an open gap."""
-        feed, incarnation = subscription.later.pop(key)
-        if subscription.delivery is Delivery.RELIABLE and feed[2] != Policy.LOSSY:
-            self._past["open_gaps"] += 1
-            gap = ReportGap(subscription.number, *key, incarnation, feed[3], None, Drop.GAP)
-            self._context.emit(gap)
+    def _miss(self, subscription: Subscription, key: Key) -> None:
+        """Lives of a publisher are over before we came to them: what they published is an open gap.
+
+        What was durable is named again by the next.
+        """
+        for row in subscription.later.pop(key).values():
+            if subscription.delivery is Delivery.RELIABLE and row.policy not in (Policy.LOSSY, Policy.DURABLE):
+                self._past["open_gaps"] += 1
+                gap = ReportGap(subscription.number, *key, row.incarnation, row.first_available, None, Drop.GAP)
+                self._context.emit(gap)
 
     def _forget_leaving(self, peer: Peer) -> None:
         """That life of it is over, and what it knew of us."""
         for key in [key for key in self._leaving if key[0] == peer.name]:
             del self._leaving[key]
 
-    @staticmethod
-    def _fields(subscription: _Subscription, from_start: bool, positions: object) -> tuple[Any, ...]:
-        return (
-            subscription.number,
-            subscription.pattern,
-            subscription.start.value,
-            subscription.delivery.value,
-            from_start,
-            positions,
-        )
-
     def _register(
-        self, subscription: _Subscription, peer: Peer, *, from_start: bool, wait_ns: int = REGISTER_FIRST_NS
+        self, subscription: Subscription, peer: Peer, *, from_start: bool, wait_ns: int = REGISTER_FIRST_NS
     ) -> None:
-        positions = [
-            (feed_id(peer.name, peer.incarnation, topic), inbound.floor)
-            for (source, topic), inbound in subscription.feeds.items()
-            if source == peer.name and inbound.incarnation == peer.incarnation
-        ]
         self._context.wake_by(self._context.now + wait_ns)
         subscription.asked[peer.name] = (self._context.now + wait_ns, min(2 * wait_ns, REGISTER_MAX_NS), from_start)
-        self._context.send(peer.name, Kind.REGISTER, *self._fields(subscription, from_start, positions[:1000]))
+        self._context.send(peer.name, Kind.REGISTER, *subscription.fields(peer.name, from_start=from_start))
 
     def on_registered(self, peer: Peer, number: int, total: int, feeds: list[list[Any]]) -> None:
         """A publisher names feeds that match, with their join offsets."""
@@ -193,70 +194,106 @@ class Subscribing:
         if subscription is None:
             self._context.send(peer.name, Kind.UNREGISTER, number)
             return
-        for feed in feeds:
-            if self._is_sound(peer, feed) and compile_pattern(subscription.pattern).matches(feed[1]):
-                self._add_feed(subscription, peer, feed)
-            else:
+        told = subscription.told.setdefault(peer.name, set())
+        for fields in feeds:
+            row = Row(*fields)
+            if not (self._is_sound(peer, row) and compile_pattern(subscription.pattern).matches(row.topic)):
                 self._context.counts[Drop.SHAPE] += 1
-        if peer.name not in subscription.asked:
-            return  # news of a feed that was opened since
-        told = sum(
-            1
-            for (source, _), inbound in subscription.feeds.items()
-            if source == peer.name and inbound.incarnation == peer.incarnation
-        )
-        told += sum(1 for source, _ in subscription.later if source == peer.name)
-        if told >= total:
-            subscription.asked.pop(peer.name, None)
+            elif self._add_feed(subscription, peer, row):
+                told.add(row.feed)
+        if peer.name in subscription.asked and len(told) >= total:
+            del subscription.asked[peer.name]
             subscription.confirmed[peer.name] = peer.incarnation
 
-    def _is_sound(self, peer: Peer, feed: list[Any]) -> bool:
-        identity, topic, policy, join, end, first_available = feed
+    def _is_sound(self, peer: Peer, row: Row) -> bool:
         try:
-            check_topic(topic)
-            Policy(policy)
+            check_topic(row.topic)
+            Policy(row.policy)
         except (TopicError, ValueError):
             return False
         return bool(
-            identity == feed_id(peer.name, peer.incarnation, topic) and max(join, first_available) <= end < 2**63
+            row.feed == feed_id(peer.name, row.incarnation, row.topic)
+            and max(row.join, row.first_available) <= row.end < 2**63
+            and row.before < row.incarnation <= peer.incarnation
+            and row.ending <= 2
+            and (row.ending == 0) == (row.incarnation == peer.incarnation)
         )
 
-    def _add_feed(self, subscription: _Subscription, peer: Peer, feed: list[Any]) -> None:
-        key = peer.name, feed[1]
+    def _add_feed(self, subscription: Subscription, peer: Peer, row: Row) -> bool:
+        """Whether we know this feed now; one whose predecessor has not been named has to be told again."""
+        key = peer.name, row.topic
         current = subscription.feeds.get(key)
-        if current is None and len(subscription.feeds) >= FEEDS_PER_SUBSCRIPTION_MAX:
+        if current is not None and row.incarnation == current.incarnation:
+            self._learn(peer, current, row)
+        elif row.incarnation <= subscription.passed(key):
+            if row.feed not in subscription.uncommitted:
+                self._context.send(peer.name, Kind.ACKNOWLEDGE, [(subscription.number, row.feed, row.end)])
+        elif current is None and len(subscription.feeds) >= FEEDS_PER_SUBSCRIPTION_MAX:
             self._context.counts[Drop.NO_ROOM] += 1
-        elif current is None:
-            self._enter(subscription, peer, feed)
-        elif current.incarnation < peer.incarnation:
-            subscription.later[key] = feed, peer.incarnation
-            if current.fin is None:
-                self._ask_about_end(current)
-            self._check_finished(current)
         else:
-            current.known = max(current.known, feed[4])
-            self.following.confirm(current)
+            return self._add_new(subscription, peer, row, current)
+        return True
 
-    def _enter(self, subscription: _Subscription, peer: Peer, feed: list[Any]) -> None:
-        identity, topic, policy, join, end, first_available = feed
+    def _add_new(self, subscription: Subscription, peer: Peer, row: Row, current: InboundFeed | None) -> bool:
+        """A feed that we have not begun: now, or after the one that we are at or come back to."""
+        key = peer.name, row.topic
+        place = subscription.unfinished(key)
+        if current is None and place is not None and place.incarnation < row.incarnation:
+            current = self._enter(subscription, peer, row, place)
+        if current is not None:
+            later = subscription.later.setdefault(key, {})
+            later[row.incarnation] = row
+            if current.fin is None:
+                self.endings.ask(current)
+            self.endings.check(current)
+            return row.before <= current.incarnation or row.before in later
+        if row.before > subscription.passed(key):
+            return False
+        self._enter_row(subscription, peer, row)
+        return True
+
+    def _learn(self, peer: Peer, inbound: InboundFeed, row: Row) -> None:
+        inbound.known = max(inbound.known, row.end)
+        self.following.confirm(inbound)
+        if row.ending and inbound.fin is None:
+            self.endings.end_past(peer, inbound, row.first_available, row.end, exact=row.ending == 1)
+
+    def _enter_row(self, subscription: Subscription, peer: Peer, row: Row) -> None:
+        """Begin with this feed, at the place that we know in it or else where its publisher says."""
+        key = peer.name, row.topic
+        place = subscription.unfinished(key)
+        if place is None or place.incarnation != row.incarnation:
+            place = Place(row.incarnation, row.join)
+        inbound = self._enter(subscription, peer, row, place)
+        inbound.learn(row.first_available, row.end)
+        if row.ending:
+            self.endings.end_past(peer, inbound, row.first_available, row.end, exact=row.ending == 1)
+
+    def _enter(self, subscription: Subscription, peer: Peer, row: Row, place: Place) -> InboundFeed:
+        """Follow a feed of this topic from a place on; what `row` says of its policy holds for all of them."""
         inbound = InboundFeed(
             subscription=subscription.number,
             source=peer.name,
-            topic=topic,
-            incarnation=peer.incarnation,
-            join=join,
+            topic=row.topic,
+            incarnation=place.incarnation,
+            join=place.floor,
             room=subscription.room,
             emit=self._context.emit,
             seeds=subscription.seeds,
-            best_effort=subscription.delivery is Delivery.BEST_EFFORT or policy == Policy.LOSSY,
+            best_effort=subscription.delivery is Delivery.BEST_EFFORT or row.policy == Policy.LOSSY,
         )
-        inbound.latest = policy == Policy.LATEST
+        inbound.resume(place.settled)
+        inbound.latest, inbound.durable = row.policy == Policy.LATEST, row.policy == Policy.DURABLE
         if inbound.latest:
             inbound.name_losses(Drop.SUPERSEDED)
-        subscription.feeds[peer.name, topic] = inbound
-        self._context.emit(BeginFeed(subscription.number, peer.name, topic, peer.incarnation, join))
-        inbound.learn(first_available, end)
-        self.following.follow(identity, peer, inbound, end)
+        if subscription.committed is not None:
+            inbound.committed = place.floor
+        key = peer.name, row.topic
+        subscription.feeds[key] = inbound
+        subscription.between.discard(key)
+        self._context.emit(BeginFeed(subscription.number, *key, place.incarnation, place.floor))
+        self.following.follow(inbound.feed, peer, inbound, max(place.floor, inbound.known))
+        return inbound
 
     def on_unknown(self, peer: Peer, number: int) -> None:
         """The publisher forgot us: say who we are and where we stand, with the next tick (P6)."""
@@ -277,76 +314,53 @@ class Subscribing:
 
     def _ask_again(self, peer: Peer, feed: int) -> None:
         for subscription in self.subscriptions.values():
-            waiting = any(later[0][0] == feed for later in subscription.later.values())
-            if peer.name not in subscription.asked and not waiting:
+            known = feed in subscription.uncommitted or any(
+                row.feed == feed for rows in subscription.later.values() for row in rows.values()
+            )
+            if peer.name not in subscription.asked and not known:
                 subscription.asked[peer.name] = (self._context.now, REGISTER_FIRST_NS, True)
                 self._context.wake_by(self._context.now)
 
     # Ends.
 
-    def on_fin(self, peer: Peer, topic: str, incarnation: int, end: int, exact: bool) -> None:
-        """Where an older feed ended (S7). What its publisher cannot name any more is an open gap."""
-        for subscription in list(self.subscriptions.values()):
-            inbound = subscription.feeds.get((peer.name, topic))
-            if inbound is not None and inbound.incarnation == incarnation < peer.incarnation and inbound.fin is None:
-                self._finish(inbound, end if exact else 0, exact=exact)
-
     def on_bye(self, peer: Peer, told: dict[int, int]) -> None:
-        """A publisher closed after it drained. Its ends are exact; what did not come by now will not come."""
-        self._forget_leaving(peer)
-        for subscription in list(self.subscriptions.values()):
-            subscription.asked.pop(peer.name, None)
-            for (source, topic), inbound in list(subscription.feeds.items()):
-                if source == peer.name and inbound.fin is None:
-                    end = told.get(feed_id(source, inbound.incarnation, topic))
-                    inbound.known = max(inbound.known, end or 0)
-                    self._finish(inbound, 0, exact=end is not None)  # 0: nobody is left to ask for what is missing
+        """A publisher closed after it drained."""
+        self._lose(peer)
+        self.endings.on_bye(peer, told)
 
     def on_death(self, peer: Peer) -> None:
-        """A publisher is proven dead: its memory is gone, and where it ended is not known."""
+        """A publisher is proven dead."""
+        self._lose(peer)
+        self.endings.on_death(peer)
+
+    def _lose(self, peer: Peer) -> None:
         self._forget_leaving(peer)
         for subscription in list(self.subscriptions.values()):
             subscription.asked.pop(peer.name, None)
-            for (source, _), inbound in list(subscription.feeds.items()):
-                if source == peer.name and inbound.fin is None:
-                    self._finish(inbound, 0, exact=False)
+            for key in [key for key in subscription.between if key[0] == peer.name]:  # nothing of this life will follow
+                subscription.between.discard(key)
+                self._context.emit(EndFeed(subscription.number, *key))
 
-    def _finish(self, inbound: InboundFeed, end: int, *, exact: bool) -> None:
-        for offset in list(inbound.awaiting):
-            key = (inbound.feed, offset)
-            self._fetching.end(key)
-            inbound.payload_lost(offset, Drop.GAP)
-        if not exact and not inbound.best_effort:
-            inbound.counts["open_gaps"] += 1
-            self._ended.append(inbound)
-        inbound.finish(end)
-        self._check_finished(inbound)
-
-    def _check_finished(self, inbound: InboundFeed) -> None:
-        subscription = self.subscriptions.get(inbound.subscription)
-        if (
-            not inbound.is_finished
-            or subscription is None
-            or subscription.feeds.get((inbound.source, inbound.topic)) is not inbound
-        ):
-            return
-        key = inbound.source, inbound.topic
-        if inbound in self._ended:
-            self._ended.remove(inbound)
-            self._context.emit(
-                ReportGap(inbound.subscription, *key, inbound.incarnation, inbound.floor, None, Drop.GAP)
-            )
-        del subscription.feeds[key]
+    def _retire(self, subscription: Subscription, inbound: InboundFeed) -> None:
+        subscription.end(inbound)
         self._drop_inbound(inbound)
+        self._go_on(subscription, (inbound.source, inbound.topic), inbound)
+
+    def _go_on(self, subscription: Subscription, key: Key, inbound: InboundFeed) -> None:
+        """A feed is settled to its end: the next one begins, if there is one."""
         peer = self._members.by_name[inbound.source]
-        if key in subscription.later and not peer.is_gone:
-            self._enter(subscription, peer, subscription.later.pop(key)[0])
-            return
-        if key in subscription.later:
+        if peer.is_gone and key in subscription.later:
             self._miss(subscription, key)
-        self._context.emit(EndFeed(inbound.subscription, *key))
+        row = subscription.next_row(key)
+        if row is not None:
+            self._enter_row(subscription, peer, row)
+        elif inbound.durable and inbound.incarnation < peer.incarnation and not peer.is_gone:
+            subscription.between.add(key)
+        else:
+            self._context.emit(EndFeed(inbound.subscription, *key))
 
     def _drop_inbound(self, inbound: InboundFeed) -> None:
+        self.endings.forget(inbound)
         self._past.update(inbound.counts)
         self.following.unfollow(inbound)
 
@@ -362,7 +376,7 @@ class Subscribing:
 
     def _look_at(self, followed: FollowedFeed | None) -> None:
         for inbound in list(followed.inbounds) if followed else ():
-            self._check_finished(inbound)
+            self.endings.check(inbound)
 
     # Time.
 
@@ -370,34 +384,24 @@ class Subscribing:
         """Repeat what was not answered."""
         now = self._context.now
         for subscription in self.subscriptions.values():
-            for name, (due_ns, wait_ns, from_start) in list(subscription.asked.items()):
-                peer = self._members.by_name[name]
-                if now >= due_ns and not peer.is_gone:
-                    self._register(subscription, peer, from_start=from_start, wait_ns=wait_ns)
+            self._ask_to_confirm(subscription)
         for (name, number), (due_ns, wait_ns) in list(self._leaving.items()):
             if now >= due_ns:
                 self._leave(self._members.by_name[name], number, wait_ns)
-        for inbound, due_ns in list(self._ending.items()):
-            if now >= due_ns:
-                self._ask_about_end(inbound)
+        self.endings.tick()
         self.following.tick()
 
-    def _ask_about_end(self, inbound: InboundFeed) -> None:
-        """Its publisher lives a newer life; where did this one end? Asked until FIN, or another end, is told (S7)."""
-        peer = self._members.by_name[inbound.source]
-        followed = self.following.find(inbound)
-        if inbound.fin is not None or peer.is_gone or followed is None:
-            self._ending.pop(inbound, None)
-            return
-        self._ending[inbound] = self._context.now + REGISTER_FIRST_NS
-        self._context.wake_by(self._ending[inbound])
-        self._context.send(peer.name, Kind.STATUS, inbound.topic, inbound.incarnation)
+    def _ask_to_confirm(self, subscription: Subscription) -> None:
+        for name, (due_ns, wait_ns, from_start) in list(subscription.asked.items()):
+            peer = self._members.by_name[name]
+            if self._context.now >= due_ns and not peer.is_gone:
+                self._register(subscription, peer, from_start=from_start, wait_ns=wait_ns)
 
     def next_deadline_ns(self) -> int | None:
         """When something has to be repeated or acknowledged."""
         dues = [due for subscription in self.subscriptions.values() for due, _, _ in subscription.asked.values()]
         dues += [due for due, _ in self._leaving.values()]
-        dues += self._ending.values()
+        dues += self.endings.dues_ns()
         due_ns = self.following.next_deadline_ns()
         return min(dues if due_ns is None else [*dues, due_ns], default=None)
 

@@ -107,6 +107,8 @@ class Engine:
         self._own_prefixes: set[bytes] = set()
         self._execute = self._by_command()
         self.store: Store = NoStore(self.submit_later)
+        self.stateless = ""
+        """Why this member has no state that outlives it; empty if it has."""
         self.wall_ns: Callable[[], int] = time.time_ns
         self.devices = Devices(config.inboxes.assembly_bytes_max)
         self.probe: Callable[[Card], bool] = lambda card: False
@@ -137,6 +139,7 @@ class Engine:
             events.AppendRecords: lambda c: self.store.ask(c),
             events.LoadRecords: lambda c: self.store.ask(c),
             events.ReleaseRecords: lambda c: self.store.ask(c),
+            events.SaveRegistrations: lambda c: self.store.ask(c),
         }
 
     # Driving. Everything in this section needs the lock, but for `submit`, `push` and `require_open`.
@@ -159,6 +162,12 @@ class Engine:
                 self.lock.release()
             self.on_progress()
         self.waits.submitted(self)
+
+    def settle_up(self) -> None:
+        """Handle all that was submitted before this call, whoever drives."""
+        with self.lock:
+            self._guard(self._drain)
+        self.on_progress()
 
     def attend(self) -> None:
         """A thread that is busy with messages takes a turn, unless somebody does, and keeps the background away."""

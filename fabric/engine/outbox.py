@@ -18,13 +18,14 @@ from fabric.config import BURST_BYTES_MAX, Policy, WhenFull
 from fabric.core.events import BurstClosed, RoomNeeded
 from fabric.core.wire import ADDRESSED, NONE, RECORD_BYTES, TOMBSTONE, checksum_of, encode_burst, encode_descriptor
 from fabric.engine.budget import Budget
+from fabric.engine.durable import Durability
+from fabric.engine.pacing import Pacing
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import BrokenError, ClosedError, QueueFullError
 from fabric.payloads import BYTES, Pending, Plan, PooledBuffer, StagingError, pack_metadata, plan
 from fabric.topics import check_seed
 
 if TYPE_CHECKING:
-    from fabric.core.feeds import OutFeed
     from fabric.engine.loop import Engine
 
 __all__ = ["ROW", "Outbox"]
@@ -37,12 +38,6 @@ ROOM = BURST_BYTES_MAX + 16 * 1024
 """Reserved for an open burst: its records and their columns."""
 ATTEND_BYTES = 2 * 1024 * 1024
 """A thread that floods sees to the sockets after so many bytes: half of what is acknowledged at once."""
-PACE_BYTES = 24 * 1024 * 1024
-"""Ahead of the fastest reader; well below what the sockets hold, 1,000 bursts of 64 KiB."""
-PACE_PAYLOADS = 3
-"""... or so many large values: enough to keep the link busy, few enough that their buffers stay warm."""
-PACE_S = 0.1
-"""The longest that a flooding thread gives way; a reader that has not moved then is not waited for until it does."""
 T = TypeVar("T")
 ROW = 5
 """Entries of one record in `Outbox.rows`."""
@@ -70,7 +65,14 @@ class Outbox:
     """One topic of one member, as its publishing threads see it."""
 
     def __init__(
-        self, engine: Engine, budget: Budget, topic: str, policy: Policy, when_full: WhenFull, feed: int
+        self,
+        engine: Engine,
+        budget: Budget,
+        topic: str,
+        policy: Policy,
+        when_full: WhenFull,
+        feed: int,
+        sync: str = "",
     ) -> None:
         self.engine, self.budget, self.topic, self.policy, self.when_full, self.feed = (
             engine,
@@ -96,10 +98,11 @@ class Outbox:
         self._burst_max = BURST_BYTES_MAX
         """Where the open burst is full."""
         self._is_busy = True
-        self._stalled_at = -1
+        self._pacing = Pacing(engine, topic)
         self._record_bytes = 1
         """Of the last burst, on average."""
         self._clear()
+        self.durability = Durability(self, sync) if policy is Policy.DURABLE else None
         engine.outboxes.append(self)
 
     def _clear(self) -> None:
@@ -149,6 +152,8 @@ class Outbox:
 
     def _publish(self, value: object, seed: int, metadata: Mapping[str, object] | None) -> int:
         """Any value, into any burst."""
+        if self.durability is not None:
+            return run_steps(self.durability.publishing(value, seed, metadata), self._until)
         packed = pack_metadata(metadata) if metadata else b""
         planned = plan(value, limit=self._limit)
         seed = check_seed(seed)
@@ -170,6 +175,8 @@ class Outbox:
 
     def _publish_rest(self, values: Sequence[object], checked: Sequence[int], sequences: list[int]) -> None:
         """Publish the values from `len(sequences)` on; if it raises, `sequences` says what was taken."""
+        if self.durability is not None:
+            run_steps(self.durability.publishing_many(values, checked, sequences), self._until)
         while len(sequences) < len(values):
             self._alone(self._append_plain, values, checked, sequences)
             if len(sequences) < len(values):
@@ -217,6 +224,25 @@ class Outbox:
             self._close()
         filled, self._filled = self._filled, 0
         return sequence, filled
+
+    # What durability needs: a burst is open, and the caller has it to himself.
+
+    @property
+    def room_of_burst(self) -> int:
+        """Reserved for one burst."""
+        return ROOM
+
+    def lanes_of_burst(self) -> list[tuple[int, int, int]]:
+        """Seed, sequence and previous of each record in the open burst."""
+        rows = self.rows
+        return list(zip(rows[0::ROW], rows[1::ROW], rows[2::ROW], strict=True))
+
+    def renumber(self, first: int, lanes: Mapping[int, tuple[int, int]]) -> None:
+        """The records from `first` on never were: their numbers are given again."""
+        self.next = first
+        for seed, (sequence, previous) in lanes.items():
+            self._lanes[seed] = [sequence, previous]
+        self._clear()
 
     def _room_for(self, size: int) -> int:
         return ROOM if self._is_busy or size > QUIET_BURST_BYTES else QUIET_ROOM
@@ -444,24 +470,7 @@ class Outbox:
         run_steps(self._giving_way(), self._until)
 
     def _giving_way(self) -> Steps[None]:
-        """Wait for a moment when even the fastest reader falls behind.
-
-        What the sockets cannot hold is dropped by PUB and has to be repaired, which costs more than a short wait.
-        """
-        engine = self.engine
-        out = engine.core.publishing.feeds.get(self.topic)
-        if out is None or self._is_near(out) or self._fastest(out) == self._stalled_at:
-            return
-        engine.counts["publish_paced"] += 1
-        if not (yield Wait(lambda: self._is_near(out), PACE_S)):
-            self._stalled_at = self._fastest(out)
-
-    def _fastest(self, out: OutFeed) -> int:
-        return max(list(out.readers.values()), default=self.next)
-
-    def _is_near(self, out: OutFeed) -> bool:
-        size = self._record_bytes
-        return (self.next - self._fastest(out)) * size <= max(PACE_BYTES, PACE_PAYLOADS * size)
+        return self._pacing.giving_way(lambda: self.next, self._record_bytes)
 
     def _wait_for_room(self, room: int) -> None:
         run_steps(self._making_room(room), self._until)

@@ -17,24 +17,29 @@ from fabric.core.disk import (
     AppendRecords,
     LoadedBurst,
     LoadRecords,
+    PastFeed,
     RecordsExpired,
     RecordsLoaded,
     ReleaseRecords,
+    SaveRegistrations,
+    StateRecovered,
     WriteFailed,
     WriteFinished,
 )
 from fabric.errors import SpillError, SpillFullError
 from fabric.storage.records import Entry, Kind
+from fabric.storage.state import FeedName
 
 if TYPE_CHECKING:
     from fabric.engine.loop import Engine
     from fabric.storage.spill import SpillLog
+    from fabric.storage.state import MemberState
 
-__all__ = ["NoStore", "Store", "Storekeeper", "ThreadedStore"]
+__all__ = ["NoStore", "Store", "Storekeeper", "ThreadedStore", "recovered"]
 
 log = logging.getLogger("fabric.storage")
 
-Wish: TypeAlias = AppendRecords | LoadRecords | ReleaseRecords
+Wish: TypeAlias = AppendRecords | LoadRecords | ReleaseRecords | SaveRegistrations
 Outcome: TypeAlias = WriteFinished | WriteFailed | RecordsLoaded | RecordsExpired
 
 AT_ONCE_MAX = 256
@@ -67,28 +72,53 @@ class Store(Protocol):
 
 
 class Storekeeper:
-    """Does what is asked for with a spill log, which begins with the first write. Not thread-safe."""
+    """Does what is asked for with a spill log, which begins with the first write. Not thread-safe.
 
-    def __init__(self, incarnation: int, open_log: Callable[[], SpillLog], wall_ns: Callable[[], int]) -> None:
-        self._incarnation, self._open_log, self._wall_ns = incarnation, open_log, wall_ns
+    With a `state` the log is that of the state, and outlives this process.
+    """
+
+    def __init__(
+        self,
+        incarnation: int,
+        open_log: Callable[[], SpillLog],
+        wall_ns: Callable[[], int],
+        state: MemberState | None = None,
+    ) -> None:
+        self._incarnation, self._open_log, self._wall_ns, self._state = incarnation, open_log, wall_ns, state
         self._expires_ns = 0
-        self._log: SpillLog | None = None
+        self._log: SpillLog | None = state.log if state is not None else None
         self._named: set[int] = set()
         self.error: SpillError | None = None
 
     def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
         """All of them, in order; appends that follow each other are one write."""
         outcomes = self._expire()  # first: nobody is answered with what is given up a moment later
-        for kind, some in groupby(wishes, key=type):
-            if kind is AppendRecords:
-                outcomes += self._append([wish for wish in some if isinstance(wish, AppendRecords)])
+        for _, some in groupby(wishes, key=_group_of):
+            group = list(some)
+            if isinstance(group[0], AppendRecords):
+                outcomes += self._append([wish for wish in group if isinstance(wish, AppendRecords)])
                 continue
-            for wish in some:
-                if isinstance(wish, LoadRecords):
-                    outcomes.append(RecordsLoaded(wish.feed, tuple(self._load(wish.feed, at) for at in wish.firsts)))
-                elif isinstance(wish, ReleaseRecords):
-                    self._release(wish)
+            for wish in group:
+                outcomes += self._do(wish)
         return outcomes
+
+    def _do(self, wish: Wish) -> list[Outcome]:
+        if isinstance(wish, LoadRecords):
+            return [RecordsLoaded(wish.feed, tuple(self._load(wish.feed, at) for at in wish.firsts))]
+        if isinstance(wish, SaveRegistrations):
+            return [self._save(wish)]
+        if isinstance(wish, ReleaseRecords):
+            self._release(wish)
+        return []
+
+    def _save(self, wish: SaveRegistrations) -> Outcome:
+        try:
+            assert self._state is not None, "only who has state asks for this"
+            self._state.save_registrations(wish.blob, outlives=wish.outlives)
+        except SpillError as error:
+            log.warning("subscribers wait to be confirmed: %s", error)
+            return WriteFailed(wish.number, wish.number, str(error))
+        return WriteFinished(wish.number)
 
     def _expire(self) -> list[Outcome]:
         """What is too old; looked for now and then."""
@@ -133,7 +163,10 @@ class Storekeeper:
         try:
             if self._log is None:
                 self._log = self._open_log()
-            self._log.append(self._entries(wishes))
+            power = any(wish.sync == "power" for wish in wishes)
+            self._log.append(self._entries(wishes), hold=power)
+            if power:
+                self._log.sync()
         except SpillError as error:
             for part in (error, error.__cause__):
                 if part is not None:
@@ -152,8 +185,11 @@ class Storekeeper:
 
     def _entries(self, wishes: Sequence[AppendRecords]) -> list[Entry]:
         """The names of feeds that the log does not know, and then the bursts."""
-        fresh = {wish.feed: wish.topic for wish in wishes if wish.feed not in self._named}
-        names = [Entry(Kind.FEED, feed, self._incarnation, 0, 0, topic.encode()) for feed, topic in fresh.items()]
+        fresh = {wish.feed: wish for wish in wishes if wish.feed not in self._named}
+        names = [
+            Entry(Kind.FEED, feed, self._incarnation, 0, 0, FeedName(wish.topic, wish.policy, wish.sync).encode())
+            for feed, wish in fresh.items()
+        ]
         return names + [
             Entry(Kind.BURST, wish.feed, self._incarnation, wish.first, wish.count, wish.frame, wish.payloads)
             for wish in wishes
@@ -179,19 +215,37 @@ class Storekeeper:
             log.warning("segments of the spill log cannot be deleted: %s", error)
 
     def close(self) -> None:
-        """Nobody needs what is in the log any more."""
+        """Nobody needs what is in the log any more, unless it is state."""
         spill, self._log = self._log, None
-        if spill is not None:
-            try:
+        try:
+            if self._state is not None:
+                self._state.close()
+            elif spill is not None:
                 spill.destroy()
-            except SpillError as error:
-                log.warning("the spill log is left behind: %s", error)
+        except SpillError as error:
+            log.warning("the spill log is left behind: %s", error)
 
     def abandon(self) -> None:
         """In a forked child."""
         spill, self._log = self._log, None
-        if spill is not None:
+        if self._state is not None:
+            self._state.abandon()
+        elif spill is not None:
             spill.abandon()
+
+
+def _group_of(wish: Wish) -> tuple[type, bool]:
+    """What follows each other and is alike is done together; a sync that fails refuses only who asked for it."""
+    return type(wish), isinstance(wish, AppendRecords) and wish.sync == "power"
+
+
+def recovered(state: MemberState) -> StateRecovered:
+    """What earlier lives of a member left, for its core."""
+    feeds = tuple(
+        PastFeed(kept.feed, kept.name.topic, kept.name.policy, kept.incarnation, kept.end, kept.exact, kept.bursts)
+        for kept in state.feeds()
+    )
+    return StateRecovered(feeds, state.registrations)
 
 
 class NoStore:
@@ -204,7 +258,7 @@ class NoStore:
 
     def ask(self, wish: Wish) -> None:
         """Refused."""
-        if isinstance(wish, AppendRecords):
+        if isinstance(wish, AppendRecords | SaveRegistrations):
             self._answer(WriteFailed(wish.number, wish.number, "there is no disk"))
 
     def close(self) -> None:
@@ -221,6 +275,7 @@ class ThreadedStore:
         self._engine, self._keeper = engine, keeper
         self._wishes: SimpleQueue[Wish | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._closed = False
 
     @property
     def error(self) -> SpillError | None:
@@ -272,6 +327,9 @@ class ThreadedStore:
         if thread is not None:
             self._wishes.put(None)
             thread.join(ENDING_S)
+        elif not self._closed:
+            self._keeper.close()
+        self._closed = True
 
     def abandon(self) -> None:
         """In a forked child: the thread is not here."""

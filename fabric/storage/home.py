@@ -1,6 +1,7 @@
-"""Where the spill log of a member lies while the member lives, and the removal of what the killed left behind.
+"""Where the spill log of a member lies while the member lives, and its state, which outlives it.
 
-A base directory holds one directory for each log. Names are hashes: no text of a user becomes a path.
+A base directory holds one directory for each log, or for the state of each member. Names are hashes: no text of a user
+becomes a path. What killed members without state left behind is swept away.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fabric.storage.disk import OS_DISK, Directory, Disk
 from fabric.storage.segments import LOCK
 from fabric.storage.spill import SpillLog
 
-__all__ = ["base_of", "open_home", "sweep"]
+__all__ = ["base_of", "open_home", "state_home", "sweep"]
 
 log = logging.getLogger("fabric.storage")
 
@@ -49,6 +50,32 @@ def open_home(limits: Spill, job: str, name: str, incarnation: int, *, disk: Dis
     ).close()  # it has to be private, too: who may rename in it could put another log in the place of ours
     key = xxh3_64_hexdigest(f"{job}\0{name}\0{incarnation}".encode())
     return SpillLog.open(base / f"life-{key}", limits, disk=disk, incarnation=incarnation)
+
+
+def state_home(directory: Path | None, job: str, name: str, *, base: Path | None = None, disk: Disk = OS_DISK) -> Path:
+    """The directory of a member's state: in the one that is given, or in one for each job under `base`.
+
+    The latter is by default `$XDG_STATE_HOME/tensor-fabric`, or `~/.local/state/tensor-fabric`.
+
+    Raises:
+        StateDirectoryError: a directory above it is not private, or cannot be used.
+    """
+    if directory is not None:
+        levels = [directory]
+    else:
+        base = base if base is not None else _of_user()
+        levels = [base, base / f"job-{xxh3_64_hexdigest(job.encode())}"]
+    for level in levels:
+        disk.enter(level).close()  # each has to be private, too: who may rename in it could put another in its place
+    return levels[-1] / f"member-{xxh3_64_hexdigest(name.encode())}"
+
+
+def _of_user() -> Path:
+    given = Path(os.environ.get("XDG_STATE_HOME") or "-")
+    try:
+        return (given if given.is_absolute() else Path.home() / ".local" / "state") / "tensor-fabric"
+    except RuntimeError as error:
+        raise StateDirectoryError("this user has none; give state_directory", directory="the home") from error
 
 
 def sweep(limits: Spill, *, disk: Disk = OS_DISK) -> int:

@@ -1,6 +1,6 @@
-"""Where the bursts of each feed lie: sorted columns of plain numbers, 32 bytes a burst.
+"""Where the bursts of each feed lie: sorted columns of plain numbers, 40 bytes a burst.
 
-A spill of 8 GiB may hold two million bursts of 4 KiB: as tuples they would take 460 MB, as columns 64.
+A spill of 8 GiB may hold two million bursts of 4 KiB: as tuples they would take 480 MB, as columns 80.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ class Place(NamedTuple):
     end: int
     segment: int
     position: int
+    size: int
+    """What reading it brings into memory, in bytes."""
 
 
 class FeedIndex:
     """The bursts of one feed, by first offset. Bursts do not overlap; the same first offset again replaces."""
 
-    __slots__ = ("_ends", "_firsts", "_head", "_positions", "_segments", "below")
+    __slots__ = ("_ends", "_firsts", "_head", "_positions", "_segments", "_sizes", "below")
 
     def __init__(self) -> None:
         self._firsts, self._ends = array("Q"), array("Q")
-        self._segments, self._positions = array("Q"), array("Q")
+        self._segments, self._positions, self._sizes = array("Q"), array("Q"), array("Q")
         self._head = 0
         self.below = 0
         """Bursts that end here or earlier are not needed."""
@@ -45,9 +47,9 @@ class FeedIndex:
         return (self._place(at) for at in range(self._head, len(self._firsts)))
 
     def _place(self, at: int) -> Place:
-        return Place(self._firsts[at], self._ends[at], self._segments[at], self._positions[at])
+        return Place(*(column[at] for column in self._columns()))
 
-    def add(self, first: int, end: int, segment: int, position: int) -> int:
+    def add(self, first: int, end: int, segment: int, position: int, size: int) -> int:
         """Note a burst, unless it is released already; how many more there are now, 0 or 1."""
         firsts = self._firsts
         if end <= self.below:
@@ -57,17 +59,19 @@ class FeedIndex:
             self._ends.append(end)
             self._segments.append(segment)
             self._positions.append(position)
+            self._sizes.append(size)
             return 1
         at = bisect_left(firsts, first, self._head)
         if at < len(firsts) and firsts[at] == first:
-            self._ends[at], self._segments[at], self._positions[at] = end, segment, position
+            for column, value in zip(self._columns(), (first, end, segment, position, size), strict=True):
+                column[at] = value
             return 0
-        for column, value in zip(self._columns(), (first, end, segment, position), strict=True):
+        for column, value in zip(self._columns(), (first, end, segment, position, size), strict=True):
             column.insert(at, value)
         return 1
 
-    def _columns(self) -> tuple[array[int], array[int], array[int], array[int]]:
-        return self._firsts, self._ends, self._segments, self._positions
+    def _columns(self) -> tuple[array[int], ...]:
+        return self._firsts, self._ends, self._segments, self._positions, self._sizes
 
     def find(self, offset: int) -> Place | None:
         """The burst that holds this offset."""
@@ -106,8 +110,8 @@ class FeedIndex:
             (kept if wanted(place) else gone).append(place)
         if gone:
             self._head = 0
-            self._firsts, self._ends, self._segments, self._positions = (
-                array("Q", column) for column in (zip(*kept, strict=True) if kept else ((),) * 4)
+            self._firsts, self._ends, self._segments, self._positions, self._sizes = (
+                array("Q", column) for column in (zip(*kept, strict=True) if kept else ((),) * 5)
             )
         return [(place.first, place.end) for place in gone]
 
@@ -126,11 +130,13 @@ def joined(ranges: Iterator[tuple[int, int]]) -> list[tuple[int, int]]:
 class Contents:
     """Everything that a log holds: the bursts of all feeds, their names, and which lives ended clean."""
 
-    __slots__ = ("bursts", "ended", "feeds", "names")
+    __slots__ = ("bursts", "ended", "ends", "feeds", "names")
 
     def __init__(self) -> None:
         self.feeds: dict[int, FeedIndex] = {}
         self.names: dict[int, Entry] = {}
+        self.ends: dict[int, int] = {}
+        """Where each feed ends, as far as was ever written: by its bursts, and by its name where those are deleted."""
         self.ended: set[int] = set()
         self.bursts = 0
         """That are not released."""
@@ -142,11 +148,14 @@ class Contents:
             index = self.feeds.get(feed)
             if index is None:
                 index = self.feeds[feed] = FeedIndex()
-            self.bursts += index.add(header.first, end, segment.number, position)
+            self.bursts += index.add(header.first, end, segment.number, position, _size_of(header))
             if end > segment.ends.get(feed, 0):
                 segment.ends[feed] = end
+            if end > self.ends.get(feed, 0):
+                self.ends[feed] = end
         elif header.kind == Kind.FEED and entry is not None:
             self.names[header.feed] = entry
+            self.ends[header.feed] = max(header.first, self.ends.get(header.feed, 0))
             segment.named.add(header.feed)
         elif header.kind == Kind.END:
             self.ended.add(header.incarnation)
@@ -178,6 +187,10 @@ class Contents:
         )
         return [(feed, first) for _, _, feed, first in sorted(places)]
 
+    def places(self, feed: int) -> Iterator[Place]:
+        """The bursts of a feed, lowest first."""
+        return iter(self.feeds.get(feed, ()))
+
     def release(self, feed: int, below: int) -> None:
         """Bursts of this feed that end at or below are not needed."""
         index = self.feeds.get(feed)
@@ -200,3 +213,9 @@ class Contents:
             self.bursts -= len(gone)
             lost += [Span(feed, first, end) for first, end in joined(iter(gone))]
         return lost
+
+
+def _size_of(burst: Header | Entry) -> int:
+    if isinstance(burst, Header):
+        return burst.body
+    return len(burst.frame) + sum(memoryview(payload).nbytes for payload in burst.payloads.values())

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from fabric.storage.disk import Directory, DiskFile
 from fabric.storage.records import (
+    ENTRY_BYTES,
     HEAD_BYTES,
     Bad,
     Entry,
@@ -32,6 +33,8 @@ __all__ = ["Damage", "Found", "Span", "recover", "segment_name", "segment_number
 
 _PREFIX, _SUFFIX = "seg-", ".log"
 _NUMBER_END = 2**63
+_PAGE = 4096
+"""A write that a signal ends has written whole pages."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -59,6 +62,9 @@ class Damage:
     """... and the first one behind it."""
     torn: bool = False
     """Nothing good stands behind it, and its writer's life ended there: it may never have been written whole."""
+    cut: bool = False
+    """It ends in zeros from a page on, as a write does that its process did not live to end. With `torn`, and unless
+    power was lost, that tells a record that was never taken from one that the disk damaged."""
 
 
 @dataclass(slots=True)
@@ -160,7 +166,7 @@ def _scan(opened: _Opened, seed: int, size: int, end: int | None, writer: _Repor
     for item in scan(read, seed, size if end is None else min(end, size), exact=end is not None):
         judged = _judged(item, read, seed, size)
         if isinstance(judged, Bad):
-            writer.bad(judged)
+            writer.bad(judged, cut=_is_cut(judged, read))
             reached = judged.position + judged.size
         else:
             position, header, entry = judged
@@ -171,6 +177,21 @@ def _scan(opened: _Opened, seed: int, size: int, end: int | None, writer: _Repor
         writer.bad(Bad(size, end - size, Reason.MISSING))
         reached = end
     return reached
+
+
+def _is_cut(bad: Bad, read: Read) -> bool:
+    """Whether what should end this entry is zero, from a page on: the sum of its header, or the end of its body."""
+    if bad.reason not in (Reason.HEADER, Reason.BODY):
+        return bad.reason is Reason.CUT
+    if bad.header is None:
+        begin, end = bad.position + ENTRY_BYTES - 8, bad.position + ENTRY_BYTES
+    else:
+        end = bad.position + ENTRY_BYTES + bad.header.body
+        begin = max(bad.position + ENTRY_BYTES, (end - 1) // _PAGE * _PAGE)
+    try:
+        return not any(read(begin, end - begin))
+    except OSError:
+        return False
 
 
 def _judged(item: Good | Bad, read: Read, seed: int, size: int) -> tuple[int, Header, Entry | None] | Bad:
@@ -210,7 +231,7 @@ class _Reporter:
                 self._damage[at] = replace(self._damage[at], before=span)
             self._waiting, self._after = len(self._damage), span
 
-    def bad(self, bad: Bad) -> None:
+    def bad(self, bad: Bad, *, cut: bool = False) -> None:
         torn = self._ends_life and bad.position >= HEAD_BYTES
         self._torn += torn
         self._damage.append(
@@ -222,6 +243,7 @@ class _Reporter:
                 lost=_span(bad.header),
                 after=self._after,
                 torn=torn,
+                cut=cut,
             )
         )
 

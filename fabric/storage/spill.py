@@ -1,7 +1,7 @@
 """The spill log: the on-disk continuation of retention. One log holds all feeds of a member.
 
     log = SpillLog.open(directory, limits)
-    log.append([Entry(Kind.FEED, feed, incarnation, 0, 0, b"its topic and policy"), burst, burst])
+    log.append([Entry(Kind.FEED, feed, incarnation, end, 0, b"its topic and policy"), burst, burst])
     log.read(feed, first).frame
     log.release(feed, below=acknowledged)           # whole segments leave, oldest first
     log.close()
@@ -32,18 +32,8 @@ from fabric.errors import (
 )
 from fabric.storage.disk import OS_DISK, Directory, Disk, DiskFile
 from fabric.storage.index import Contents, Place
-from fabric.storage.records import (
-    HEAD_BYTES,
-    Entry,
-    Header,
-    Kind,
-    MalformedEntryError,
-    Reason,
-    encode_group,
-    most_bytes,
-    owned,
-    read_entry,
-)
+from fabric.storage.reading import Reader
+from fabric.storage.records import HEAD_BYTES, Entry, Header, Kind, Reason, encode_group, most_bytes, owned
 from fabric.storage.recovering import Damage, Span, recover
 from fabric.storage.segments import LOCK, Segment, Shelf, take_lock, write_all
 
@@ -73,7 +63,7 @@ class SpillLog:
         self._directory, self._lock, self._path, self._shelf = directory, lock, path, shelf
         self._limits, self._incarnation, self._clock = limits, incarnation, clock
         self._contents = Contents()
-        self._damage: list[Damage] = []
+        self._reader = Reader(self._contents, shelf)
         self._active: Segment | None = None
         self._begun = self._closed = False
         self._dirty: dict[int, Segment] = {}
@@ -141,7 +131,7 @@ class SpillLog:
         try:
             for found in recover(self._directory, take, sync=self._keep):
                 self._shelf.adopt(found, segments[found.number])
-                self._damage += found.damage
+                self._reader.damage += found.damage
         except OSError as error:
             raise SpillBrokenError(f"it cannot be recovered: {error}", directory=self._path) from error
 
@@ -165,7 +155,7 @@ class SpillLog:
     @property
     def damage(self) -> Sequence[Damage]:
         """What was found damaged, in recovery or by `read`."""
-        return tuple(self._damage)
+        return tuple(self._reader.damage)
 
     @property
     def ended(self) -> frozenset[int]:
@@ -180,6 +170,20 @@ class SpillLog:
     def spans(self, feed: int) -> list[tuple[int, int]]:
         """The offsets of a feed that are here, as ranges."""
         return self._contents.spans(feed)
+
+    def last_mention(self, feed: int) -> tuple[int, int]:
+        """Segment and position of the last entry that tells where a feed ends; before all if there is none."""
+        places = [(place.segment, place.position) for place in self.places(feed)][-1:]
+        named = [(segment.number, 0) for segment in self._shelf if feed in segment.named]
+        return max([(-1, 0), *places, *named])
+
+    def end_of(self, feed: int) -> int:
+        """Where a feed ends, as far as it was ever written here."""
+        return self._contents.ends.get(feed, 0)
+
+    def places(self, feed: int) -> Iterator[Place]:
+        """The bursts of a feed that are not released, lowest first."""
+        return self._contents.places(feed)
 
     def find(self, feed: int, offset: int) -> Span | None:
         """The burst that holds this offset."""
@@ -204,42 +208,23 @@ class SpillLog:
             DamagedRecordError: it is not what was written.
         """
         self._check_open()
-        place = self._contents.exactly(feed, first)
-        if place is None:
-            raise InternalError(f"no burst of feed {feed} begins at {first}: ask `find` or `spans` first")
-        segment = self._shelf[place.segment]
-        try:
-            header, entry = read_entry(self._shelf.file(segment).read, segment.seed, place.position, segment.used)
-        except (MalformedEntryError, OSError) as error:
-            raise self._damaged(feed, place, error) from error
-        if (header.kind, header.feed, header.first, header.end) != (Kind.BURST, feed, first, place.end):
-            raise self._damaged(feed, place, MalformedEntryError(Reason.HEADER))
-        return entry
-
-    def _damaged(self, feed: int, place: Place, error: Exception) -> DamagedRecordError:
-        """Note it once, and name it."""
-        known = error if isinstance(error, MalformedEntryError) else MalformedEntryError(Reason.UNREADABLE)
-        lost, segment, position = Span(feed, place.first, place.end), place.segment, place.position
-        damage = Damage(segment=segment, position=position, size=known.size, reason=known.reason, lost=lost)
-        if damage not in self._damage:
-            self._damage.append(damage)
-        return DamagedRecordError(
-            str(known.reason),
-            segment=segment,
-            position=position,
-            size=known.size,
-            feed=feed,
-            first=place.first,
-            end=place.end,
-        )
+        return self._reader.read(feed, first)
 
     # Writing.
 
-    def append(self, entries: Sequence[Entry]) -> None:
+    def begin_life(self, incarnation: int) -> None:
+        """From now on it is this incarnation that writes, and that ends when the log is closed."""
+        self._incarnation = incarnation
+
+    def append(self, entries: Sequence[Entry], *, hold: bool = True) -> None:
         """Write all of these or none; on return they can be read, and survive the death of this process.
 
         A feed is named before or with its first burst. Bursts of a feed do not overlap; one with the same first offset
         as an older one replaces it. Frames and payloads are not copied, unless they are kept for a sync.
+
+        Args:
+            entries: One group.
+            hold: With `keep_unsynced`: whether to hold a copy until these are synced.
 
         Raises:
             SpillFullError: there is no room, by a ceiling or on the disk; nothing was taken.
@@ -248,10 +233,11 @@ class SpillLog:
         self._check_open()
         if len(self._dirty) > _DIRTY_MAX:
             self.sync()
-        if self._keep:
+        hold = hold and self._keep
+        if hold:
             entries = [owned(entry) for entry in entries]
         self._write(entries)
-        if self._keep:
+        if hold:
             self._unsynced += entries
 
     def _write(self, entries: Sequence[Entry]) -> None:
@@ -308,12 +294,15 @@ class SpillLog:
         feeds = {entry.feed for entry in entries}
         if feeds <= named:  # fast path
             return entries
-        bursts = {entry.feed for entry in entries if entry.kind == Kind.BURST}
-        missing = sorted(bursts - named - {entry.feed for entry in entries if entry.kind == Kind.FEED})
-        unknown = [feed for feed in missing if feed not in self._contents.names]
+        contents = self._contents
+        needed = {entry.feed for entry in entries if entry.kind == Kind.BURST}
+        if self._keep and not named:  # a new segment of a log that outlives this process: it says where each feed ended
+            needed |= contents.names.keys()
+        missing = sorted(needed - named - {entry.feed for entry in entries if entry.kind == Kind.FEED})
+        unknown = [feed for feed in missing if feed not in contents.names]
         if unknown:
             raise InternalError(f"bursts of feeds that were never named: {unknown[:8]}")
-        return [*(self._contents.names[feed] for feed in missing), *entries]
+        return [*(contents.names[feed]._replace(first=self.end_of(feed)) for feed in missing), *entries]
 
     def _rotate(self, entries: Sequence[Entry]) -> Segment:
         group = self._named(entries, set())
@@ -387,6 +376,11 @@ class SpillLog:
         return failure
 
     # Leaving.
+
+    def forget(self, feed: int) -> None:
+        """Nobody will ask about this feed again: it is not named in new segments."""
+        self.release(feed, self.end_of(feed))
+        self._contents.names.pop(feed, None)
 
     def release(self, feed: int, below: int) -> None:
         """Bursts of this feed that end at or below are not needed: delete the oldest segments that nobody needs.

@@ -87,8 +87,8 @@ class WatchedFabric(Fabric):
         super().__init__(engine, dispatcher, membership)
         self.history = history
 
-    def _make_publisher(self, topic: str, policy: Policy, when_full: WhenFull) -> Publisher:
-        publisher = super()._make_publisher(topic, policy, when_full)
+    def _make_publisher(self, topic: str, policy: Policy, when_full: WhenFull, sync: str = "") -> Publisher:
+        publisher = super()._make_publisher(topic, policy, when_full, sync)
         assert isinstance(publisher, WatchedPublisher)
         publisher.history = self.history
         publisher.book = self.history.opened(self._engine, topic, policy.value, when_full.value)

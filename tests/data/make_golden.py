@@ -26,9 +26,9 @@ SOURCE, INCARNATION = member_id("rank-0"), 7
 CARD = ("rank-0", 1, 4, "training", "boot-1", 4711, 1, "ipc://data", "ipc://control", "ipc://bulk")
 
 FIELDS: dict[Kind, tuple[Any, ...]] = {
-    Kind.HELLO: (*CARD, 9, [(3, "layers.**", "live", "reliable", True, [(FEED, 17)])]),
-    Kind.REGISTER: (3, "layers.*.health", "retained", "best_effort", False, [(FEED, 17)]),
-    Kind.REGISTERED: (3, 1, [(FEED, "layers.0.health", "reliable", 5, 9, 2)]),
+    Kind.HELLO: (*CARD, 9, [(3, "layers.**", "live", "reliable", True, [(FEED, 17)], "trainer")]),
+    Kind.REGISTER: (3, "layers.*.health", "retained", "best_effort", False, [(FEED, 17)], ""),
+    Kind.REGISTERED: (3, 1, [(FEED, "layers.0.health", "reliable", 5, 9, 2, 7, 6, 0)]),
     Kind.UNREGISTER: (3,),
     Kind.ACKNOWLEDGE: ([(3, FEED, 17)],),
     Kind.PULL: (FEED, 12, 8388608, [(5, 6), (8, 17)]),

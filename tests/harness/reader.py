@@ -160,7 +160,7 @@ class Reader:
     def register(self, subscription: int, pattern: str, *, start: str = "live") -> list[Feed]:
         """Register; returns the feeds that match by now."""
         self.ask(
-            lambda: self.send(REGISTER, subscription, pattern, start, "reliable", False, []),
+            lambda: self.send(REGISTER, subscription, pattern, start, "reliable", False, [], ""),
             lambda: len(self.feeds) >= self.totals.get(subscription, 1),
             "REGISTERED",
         )
@@ -307,7 +307,7 @@ class Reader:
 
     def _on_registered(self, _: bytes, subscription: int, total: int, feeds: list[Any]) -> None:
         self.totals[subscription] = total
-        for feed, topic, _policy, join, end, _first in feeds:
+        for feed, topic, _policy, join, end, *_ in feeds:
             assert feed == feed_id(self.peer, self.peer_incarnation, topic)
             self.feeds.setdefault(feed, Feed(feed, topic, join, end, told=end))
 

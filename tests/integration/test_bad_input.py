@@ -225,18 +225,28 @@ def test_as_many_seeds_as_values_are_asked_for(alone: Fabric) -> None:
     nothing_was_taken(alone)
 
 
-RESERVED: dict[str, tuple[str, Callable[[Fabric], object]]] = {
-    "durable": ("policy", lambda fabric: fabric.publisher("a", policy="durable")),
-    "cursor": ("cursor", lambda fabric: fabric.subscribe("a", cursor={})),
-    "name": ("name", lambda fabric: fabric.subscribe("a", name="mine")),
-    "park": ("exhausted", lambda fabric: fabric.on("a", exhausted="park")),
+RESERVED: dict[str, tuple[str, str, Callable[[Fabric], object]]] = {
+    "durable": ("policy", "there is no state", lambda fabric: fabric.publisher("a", policy="durable")),
+    "spilling durable": ("when_full", "none of block, fail", lambda fabric: _durable(fabric, when_full="spill")),
+    "cursor alone": ("name", "give it a name", lambda fabric: fabric.subscribe("a", cursor={})),
+    "no name": ("name", "1 to 255", lambda fabric: fabric.subscribe("a", name="")),
+    "no cursor": ("cursor", "is a dict", lambda fabric: fabric.subscribe("a", name="b", cursor=[])),
+    "half a cursor": ("cursor", "does not stand", lambda fabric: fabric.subscribe("a", name="b", cursor={"r/t": [1]})),
+    "unsettled": ("cursor", "does not stand", lambda f: f.subscribe("a", name="b", cursor={"r/t": [1, 5, [[3, 4]]]})),
+    "best effort": ("delivery", "owed nothing", lambda f: f.subscribe("a", name="b", delivery="best_effort")),
+    "commit": ("cursor", "opened without", lambda fabric: fabric.subscribe("a", name="b").commit({})),
+    "park": ("exhausted", "does not exist yet", lambda fabric: fabric.on("a", exhausted="park")),
 }
 
 
+def _durable(fabric: Fabric, **options: str) -> object:
+    return fabric.publisher("a", policy="durable", **options)
+
+
 @pytest.mark.parametrize("setting", list(RESERVED))
-def test_what_needs_the_disk_says_so_by_name(alone: Fabric, setting: str) -> None:
-    field, call = RESERVED[setting]
-    with pytest.raises(ConfigError, match="does not exist yet") as caught:
+def test_what_cannot_outlive_the_process_says_so_by_name(alone: Fabric, setting: str) -> None:
+    field, said, call = RESERVED[setting]
+    with pytest.raises(ConfigError, match=said) as caught:
         call(alone)
     assert caught.value.fields["field"] == field
     assert alone.publisher("a").publish(1) == 0, "nothing is left of it"
@@ -256,7 +266,6 @@ IMPOSSIBLE: dict[str, Callable[[Fabric], object]] = {
     "exhausted": lambda fabric: fabric.on("a", exhausted="explode"),
     "priority": lambda fabric: fabric.request("method", to=0, priority="urgent"),
     "two policies": lambda fabric: (fabric.publisher("b"), fabric.publisher("b", policy="latest")),
-    "state_directory": lambda fabric: join(rank=0, world_size=1, state_directory="/tmp"),
     "chunk": lambda fabric: FabricConfig(repair=Repair(chunk_bytes=5 * 1024 * 1024)),
     "zero": lambda fabric: FabricConfig(liveness=Liveness(down_s=0)),
     "rank": lambda fabric: join(rank=2, world_size=2, rendezvous="memory://x"),

@@ -195,7 +195,7 @@ def test_a_peer_that_is_impersonated_with_nonsense_of_the_right_form_goes_on(bes
     feed, source = feed_id(name, incarnation, TOPIC), member_id(name)
     far = 2**63 - 1
     messages: dict[Kind, tuple[Any, ...]] = {
-        Kind.REGISTERED: (77, 1, [(feed, TOPIC, "reliable", 0, far, 0)]),
+        Kind.REGISTERED: (77, 1, [(feed, TOPIC, "reliable", 0, far, 0, incarnation, 0, 0)]),
         Kind.ACKNOWLEDGE: ([(1, feed, far)],),
         Kind.PULL: (feed, 1, far, [(0, far)]),
         Kind.JOIN: ([(feed, 1)],),

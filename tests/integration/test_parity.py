@@ -233,7 +233,7 @@ async def test_a_cursor_says_what_is_handled(face: Any, a: Any, b: Any) -> None:
     await inbox.receive()
     await inbox.receive()
     ((where, (_, floor, ranges)),) = inbox.cursor().items()
-    assert (where, floor, ranges) == ("rank-0/t", 1, [])
+    assert (where, floor, ranges) == ("rank-0/t", 2, [])
 
 
 # Publishing.

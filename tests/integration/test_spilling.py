@@ -20,7 +20,6 @@ from tests.harness.waiting import until
 pytestmark = [pytest.mark.multiprocess]
 
 MIB = 1024 * 1024
-JOB = "spilling"
 MEMORY = Retention(owed_bytes_max=8 * MIB, kept_bytes_max=1 * MIB, publish_timeout_s=10.0)
 RECORD = 4096
 
@@ -37,7 +36,7 @@ def files(directory: Path) -> list[Path]:
 def listen(parent: Parent, spec: str, directory: str) -> None:
     """Says when the first record is here, then stops; later all that came."""
     with (
-        join(config_of(directory), rank=1, world_size=2, rendezvous=spec, job=JOB) as fabric,
+        join(config_of(directory), rank=1, world_size=2, rendezvous=spec) as fabric,
         fabric.subscribe("flow.**", acknowledge="auto") as inbox,
     ):
         first = inbox.receive(timeout_s=30)
@@ -54,7 +53,7 @@ def listen(parent: Parent, spec: str, directory: str) -> None:
 
 
 def publish_through_an_outage(parent: Parent, spec: str, directory: str, records: int) -> None:
-    with join(config_of(directory), rank=0, world_size=2, rendezvous=spec, job=JOB) as fabric:
+    with join(config_of(directory), rank=0, world_size=2, rendezvous=spec) as fabric:
         publisher = fabric.publisher("flow.health")
         publisher.wait_for_subscribers(1, timeout_s=30)
         publisher.publish(bytes(RECORD))
@@ -102,7 +101,7 @@ def test_a_publisher_goes_on_through_an_outage_and_nothing_is_lost(tmp_path: Pat
 
 def read_only_when_told(parent: Parent, spec: str, directory: str) -> None:
     with (
-        join(config_of(directory), rank=1, world_size=2, rendezvous=spec, job=JOB) as fabric,
+        join(config_of(directory), rank=1, world_size=2, rendezvous=spec) as fabric,
         fabric.subscribe("flow.**", acknowledge="manual") as inbox,
     ):
         parent.hear()
@@ -118,7 +117,7 @@ def test_f31_a_full_spill_holds_the_publisher_back_and_takes_nothing(tmp_path: P
     small = config_of(disk, bytes_max=24 * MIB, segment_bytes=4 * MIB)
     small = replace(small, retention=replace(MEMORY, publish_timeout_s=0.3))
     with child(read_only_when_told, spec=spec, directory=str(disk)) as reader:
-        with join(small, rank=0, world_size=2, rendezvous=spec, job=JOB) as fabric:
+        with join(small, rank=0, world_size=2, rendezvous=spec) as fabric:
             publisher = fabric.publisher("flow.health", when_full="spill")
             publisher.wait_for_subscribers(1, timeout_s=30)
             reader.signal(signal.SIGSTOP)
@@ -153,7 +152,7 @@ def test_f36_a_directory_that_others_may_enter_is_refused_and_said(tmp_path: Pat
     config = replace(config_of(disk), retention=replace(MEMORY, owed_bytes_max=1 * MIB, publish_timeout_s=0.3))
     with (
         child(read_only_when_told, spec=spec, directory=str(tmp_path / "other")) as reader,
-        join(config, rank=0, world_size=2, rendezvous=spec, job=JOB) as fabric,
+        join(config, rank=0, world_size=2, rendezvous=spec) as fabric,
     ):
         publisher = fabric.publisher("flow.health")
         publisher.wait_for_subscribers(1, timeout_s=30)
@@ -169,7 +168,7 @@ def test_f36_a_directory_that_others_may_enter_is_refused_and_said(tmp_path: Pat
 
 def spill_fork_and_wait(parent: Parent, spec: str, directory: str) -> None:
     """A worker that outlives its parent, whose log it has inherited."""
-    fabric = join(config_of(directory), rank=1, world_size=2, rendezvous=spec, job=JOB)
+    fabric = join(config_of(directory), rank=1, world_size=2, rendezvous=spec)
     publisher = fabric.publisher("flow.lost")
     publisher.wait_for_subscribers(1, timeout_s=30)
     for _ in range(8_000):
@@ -187,7 +186,7 @@ def test_what_a_killed_member_left_is_removed_though_its_worker_lives(tmp_path: 
     spec, disk = f"file://{tmp_path}/meeting", tmp_path / "disk"
     with (
         child(spill_fork_and_wait, spec=spec, directory=str(disk)) as victim,
-        join(config_of(disk), rank=0, world_size=2, rendezvous=spec, job=JOB) as fabric,
+        join(config_of(disk), rank=0, world_size=2, rendezvous=spec) as fabric,
         fabric.subscribe("flow.**", acknowledge="manual") as inbox,
     ):
         inbox.receive(timeout_s=30)
@@ -205,7 +204,7 @@ def test_a_disk_that_cannot_be_used_is_tried_again(tmp_path: Path) -> None:
     spec, disk = f"file://{tmp_path}/meeting", tmp_path / "disk"
     config = replace(config_of(disk), retention=replace(MEMORY, owed_bytes_max=1 * MIB))
     with child(read_only_when_told, spec=spec, directory=str(tmp_path / "other")) as reader:
-        with join(config, rank=0, world_size=2, rendezvous=spec, job=JOB) as fabric:
+        with join(config, rank=0, world_size=2, rendezvous=spec) as fabric:
             publisher = fabric.publisher("flow.health")
             publisher.wait_for_subscribers(1, timeout_s=30)
             reader.signal(signal.SIGSTOP)

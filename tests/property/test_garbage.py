@@ -63,7 +63,11 @@ def control(draw: st.DrawFn, *, forging: bool = False) -> bytes:
     incarnation = draw(st.sampled_from([1] * 6 + [0, 2, 2**64 - 1]))
     fields = [draw(hostile(wanted)) for wanted in FIELDS[kind]]
     if kind is Kind.REGISTERED and draw(st.booleans()):  # one that passes the check of its identity
-        fields = [1, draw(NUMBERS), [(EVIL, "evil.topic", "reliable", *draw(st.tuples(NUMBERS, NUMBERS, NUMBERS)))]]
+        numbers = draw(st.tuples(NUMBERS, NUMBERS, NUMBERS))
+        life = draw(st.sampled_from([(1, 0, 0), (1, 0, 1), (0, 0, 1), (0, 0, 2)]))
+        policy = draw(st.sampled_from(["reliable", "durable"]))
+        feed = EVIL if life[0] else feed_id("evil", 0, "evil.topic")
+        fields = [1, draw(NUMBERS), [(feed, "evil.topic", policy, *numbers, *life)]]
     if kind in (Kind.HELLO, Kind.ROSTER_ASK) and draw(st.booleans()):
         fields[0], fields[3], fields[6] = draw(st.sampled_from(["evil", "other"])), "training", 1
     return encode_control(kind, source, incarnation, *fields)

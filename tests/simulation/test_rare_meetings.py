@@ -83,7 +83,11 @@ def a_goodbye_that_overtakes_what_was_said_before() -> None:
         trainer.publisher("losses")
         world.run(1.0)
         card = trainer._engine.card
-        said = (1, 1, [(feed_id(card.name, card.incarnation, "losses"), "losses", "reliable", 0, 0, 0)])
+        said = (
+            1,
+            1,
+            [(feed_id(card.name, card.incarnation, "losses"), "losses", "reliable", 0, 0, 0, card.incarnation, 0, 0)],
+        )
         world.stop(trainer)
         world.run(1.0)
         reader._engine.submit(

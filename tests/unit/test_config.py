@@ -77,7 +77,7 @@ def test_what_happens_without_room(policy: str, when_full: str | None, chosen: t
     ("policy", "when_full", "field"),
     [
         ("fast", None, "policy"),
-        ("durable", None, "policy"),
+        ("durable", "spill", "when_full"),
         ("latest", "block", "when_full"),
         ("lossy", "fail", "when_full"),
         ("latest", "spill", "when_full"),

@@ -303,7 +303,7 @@ def test_a_flood_of_named_feeds_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     link = Link("a", "b")
     link.subscribe("b", "**")
     link.crank()
-    feeds = [(feed_id("a", 1, f"t{n}"), f"t{n}", "reliable", 0, 0, 0) for n in range(300)]
+    feeds = [(feed_id("a", 1, f"t{n}"), f"t{n}", "reliable", 0, 0, 0, 1, 0, 0) for n in range(300)]
     say(link, Kind.REGISTERED, 1, 300, feeds, source="a", to="b")
     assert len(link["b"].core.following.feeds) == 100
 

@@ -8,7 +8,7 @@ import pytest
 
 from fabric.config import BURST_BYTES_MAX
 from fabric.core.wire import RECORD_BYTES
-from fabric.engine.outbox import PACE_BYTES
+from fabric.engine.pacing import PACE_BYTES
 from fabric.testing import World
 
 VALUE = b"x" * 256

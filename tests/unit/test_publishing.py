@@ -8,7 +8,8 @@ import pytest
 
 from fabric.config import Delivery, FabricConfig, Policy, Retention, Start
 from fabric.core import events
-from fabric.core.publishing import FEEDS_PER_FRAME, REGISTRATIONS_PER_PEER_MAX
+from fabric.core.publishing import FEEDS_PER_FRAME
+from fabric.core.registrations import REGISTRATIONS_PER_PEER_MAX
 from fabric.core.wire import Drop, Kind, decode_control, decode_data, encode_control, feed_id, member_id
 from tests.harness.pair import MS, Link, inbound_of
 
@@ -80,23 +81,23 @@ def test_a_repeated_registration_gets_the_same_answer() -> None:
     link = listening()
     for _ in range(2):
         link.publish("a", "t")
-    fields = (5, "t", "live", "reliable", False, [])
+    fields = (5, "t", "live", "reliable", False, [], "")
     first = told(say(link, Kind.REGISTER, *fields), Kind.REGISTERED)
     link.publish("a", "t")
     ((number, total, feeds),) = told(say(link, Kind.REGISTER, *fields), Kind.REGISTERED)
-    assert first == [[5, 1, [[FEED, "t", "reliable", 2, 2, 0]]]]
-    assert (number, total, feeds) == (5, 1, [[FEED, "t", "reliable", 2, 3, 0]])
+    assert first == [[5, 1, [[FEED, "t", "reliable", 2, 2, 0, 1, 0, 0]]]]
+    assert (number, total, feeds) == (5, 1, [[FEED, "t", "reliable", 2, 3, 0, 1, 0, 0]])
 
 
 def test_a_registration_that_resumes_stands_where_it_says() -> None:
     link = Link("a", "b")
     for _ in range(4):
         link.publish("a", "t")
-    commands = say(link, Kind.REGISTER, 5, "t", "live", "reliable", False, [(FEED, 1), (9, 9)])
+    commands = say(link, Kind.REGISTER, 5, "t", "live", "reliable", False, [(FEED, 1), (9, 9)], "")
     assert told(commands, Kind.REGISTERED)[0][2][0][3] == 1
-    commands = say(link, Kind.REGISTER, 6, "t", "live", "reliable", True, [])
+    commands = say(link, Kind.REGISTER, 6, "t", "live", "reliable", True, [], "")
     assert told(commands, Kind.REGISTERED)[0][2][0][3] == 0
-    commands = say(link, Kind.REGISTER, 7, "t", "live", "reliable", True, [(FEED, 2**64 - 1)])
+    commands = say(link, Kind.REGISTER, 7, "t", "live", "reliable", True, [(FEED, 2**64 - 1)], "")
     assert told(commands, Kind.REGISTERED)[0][2][0][3] == 4
     assert out_of(link).readers == {("b", 5): 1, ("b", 6): 0, ("b", 7): 4}
     assert len(out_of(link).owed) == 4
@@ -105,7 +106,7 @@ def test_a_registration_that_resumes_stands_where_it_says() -> None:
 @pytest.mark.parametrize("fields", [("a..b", "live"), ("x" * 300, "live"), ("t", "yesterday"), ("", "live")])
 def test_an_impossible_registration_is_counted(fields: tuple[str, str]) -> None:
     link = Link("a", "b")
-    assert say(link, Kind.REGISTER, 1, *fields, "reliable", False, []) == []
+    assert say(link, Kind.REGISTER, 1, *fields, "reliable", False, [], "") == []
     assert link["a"].counts[Drop.SHAPE] == 1
 
 
@@ -113,7 +114,7 @@ def test_the_registrations_of_a_peer_are_bounded() -> None:
     link = Link("a", "b")
     core = link["a"].core
     for number in range(REGISTRATIONS_PER_PEER_MAX + 3):
-        frame = encode_control(Kind.REGISTER, member_id("b"), 1, number, "x", "live", "reliable", False, [])
+        frame = encode_control(Kind.REGISTER, member_id("b"), 1, number, "x", "live", "reliable", False, [], "")
         core.handle(events.ControlReceived(frame), link.now)
     assert core.publishing.registrations_of("b") == REGISTRATIONS_PER_PEER_MAX
     assert link["a"].counts[Drop.NO_ROOM] == 3
@@ -132,7 +133,7 @@ def test_many_feeds_are_told_in_several_frames() -> None:
 def test_who_left_cannot_register() -> None:
     link = listening()
     link.do("a", events.PeerDied("b", 1))
-    say(link, Kind.REGISTER, 5, "t", "live", "reliable", False, [])
+    say(link, Kind.REGISTER, 5, "t", "live", "reliable", False, [], "")
     assert link["a"].core.publishing.registrations_of("b") == 0
 
 

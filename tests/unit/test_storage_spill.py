@@ -83,8 +83,30 @@ def test_a_feed_is_named_first_and_again_in_each_segment_that_holds_bursts_of_it
     assert (log.segments, log.entries) == (1, 1)
     log.close()
     log = opened(disk)
-    assert (dict(log.names), firsts(log)) == ({FEED: named()}, [1])
+    assert (dict(log.names), firsts(log)) == ({FEED: named()._replace(first=1)}, [1]), "and says where the feed ended"
     log.close()
+
+
+def test_a_log_that_outlives_its_process_knows_where_feeds_ended_whose_bursts_are_gone() -> None:
+    disk = FakeDisk()
+    log = begun(disk, small(segment_bytes=640), keep_unsynced=True)
+    log.append([named(8), burst(0, 4, feed=8), burst(4, 3, feed=8)])
+    log.append([burst(0, frame=BIG)])
+    log.release(8, 7)
+    log.release(FEED, 1)
+    log.append([burst(1, frame=BIG)])
+    log.append([burst(2, frame=BIG)], hold=False)
+    log.release(FEED, 2)
+    assert log.segments == 1, "no burst of feed 8 is on the disk"
+    log.close(clean=False)
+    log = opened(disk, small(segment_bytes=640), keep_unsynced=True)
+    assert (log.end_of(8), log.end_of(FEED), log.end_of(9)) == (7, 3, 0)
+    assert [(place.first, place.end, place.size) for place in log.places(FEED)] == [(2, 3, len(BIG))]
+    log.forget(8)
+    log.append([burst(3, frame=BIG)])
+    log.forget(FEED)
+    log.close()
+    assert set(opened(disk, keep_unsynced=True).names) == {FEED}, "the last name of it is in the segment that stays"
 
 
 def test_a_group_larger_than_a_segment_gets_its_own() -> None:

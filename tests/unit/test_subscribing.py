@@ -73,13 +73,17 @@ def test_a_member_that_nobody_subscribed_to_any_more_is_told() -> None:
 @pytest.mark.parametrize(
     "feed",
     [
-        (FEED + 1, "t", "reliable", 0, 5, 0),
-        (FEED, "u", "reliable", 0, 5, 0),
-        (FEED, "t", "eternal", 0, 5, 0),
-        (FEED, "t", "reliable", 6, 5, 0),
-        (FEED, "t", "reliable", 0, 5, 6),
-        (FEED, "t", "reliable", 0, 2**63, 0),
-        (feed_id("a", 1, "a..b"), "a..b", "reliable", 0, 5, 0),
+        (FEED + 1, "t", "reliable", 0, 5, 0, 1, 0, 0),
+        (FEED, "u", "reliable", 0, 5, 0, 1, 0, 0),
+        (FEED, "t", "eternal", 0, 5, 0, 1, 0, 0),
+        (FEED, "t", "reliable", 6, 5, 0, 1, 0, 0),
+        (FEED, "t", "reliable", 0, 5, 6, 1, 0, 0),
+        (FEED, "t", "reliable", 0, 2**63, 0, 1, 0, 0),
+        (feed_id("a", 1, "a..b"), "a..b", "reliable", 0, 5, 0, 1, 0, 0),
+        (FEED, "t", "reliable", 0, 5, 0, 1, 0, 1),
+        (FEED, "t", "reliable", 0, 5, 0, 1, 0, 3),
+        (FEED, "t", "reliable", 0, 5, 0, 1, 1, 0),
+        (feed_id("a", 2, "t"), "t", "reliable", 0, 5, 0, 2, 0, 0),
     ],
 )
 def test_a_feed_that_cannot_be_is_not_followed(feed: tuple[Any, ...]) -> None:
@@ -92,7 +96,7 @@ def test_a_feed_that_cannot_be_is_not_followed(feed: tuple[Any, ...]) -> None:
 def test_a_feed_that_was_not_asked_for_is_not_followed() -> None:
     link = listening()
     other = feed_id("a", 1, "other")
-    hear(link, Kind.REGISTERED, 1, 1, [(other, "other", "reliable", 0, 5, 0)])
+    hear(link, Kind.REGISTERED, 1, 1, [(other, "other", "reliable", 0, 5, 0, 1, 0, 0)])
     assert link["b"].core.following.feeds == {}
 
 
