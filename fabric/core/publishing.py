@@ -193,6 +193,7 @@ class Publishing:
         lines = self.ancestry.matching(registration)
         starts = [Ancestry.starts(registration, line, stated) for line in lines]
         registration.joins.clear()
+        registration.unproven.clear()
         registration.since = registration.since or self._context.incarnation
         for line, begins in zip(lines, starts, strict=True):
             for out in line:
@@ -308,7 +309,7 @@ class Publishing:
         if out.readers.get(reader, floor) < floor:
             out.readers[reader] = min(floor, out.end)
         if floor >= out.end and out.readers.pop(reader, None) is not None:
-            self.registrations.of(reader[0])[reader[1]].joins.pop(out.feed, None)
+            self.registrations.of(reader[0])[reader[1]].forget(out.feed)
         self._settle(out)
 
     def _settle(self, out: OutFeed) -> None:
@@ -470,6 +471,8 @@ class Publishing:
         self.retention.check_invariants(self.by_id.values())
         self.spilling.check_invariants()
         self.durable.check_invariants()
+        for registration in self.registrations:
+            assert registration.unproven.keys() <= registration.joins.keys() <= self.by_id.keys()
         for out in self.by_id.values():
             if out.policy is not Policy.LOSSY:
                 assert out.is_acknowledged or out.feed in self._pending, f"{out} would never be marked"

@@ -63,6 +63,11 @@ class Registration:
         self.since = 0
         """The life of ours that knew it first, or knew it last; what that life opened later it is owed from 0."""
 
+    def forget(self, feed: int) -> None:
+        """It is done with this feed."""
+        self.joins.pop(feed, None)
+        self.unproven.pop(feed, None)
+
 
 class Registrations:
     """All of them, by member and number. One that nobody has open has a number below 0: nobody waits for it."""

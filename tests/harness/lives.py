@@ -50,6 +50,8 @@ def publish(parent: Parent, directory: str, total: int, sync: str) -> None:
         publisher = fabric.publisher(TOPIC, policy="durable", sync=sync)
         life = fabric._engine.card.incarnation
         parent.say(life=life)
+        if not done:  # what is published before anybody subscribed is owed to nobody
+            publisher.wait_for_subscribers(1, timeout_s=60)
         while done < total:
             numbers = range(done, min(done + BATCH, total))
             sequences = publisher.publish_many([(life, n) for n in numbers], seeds=[n % SEEDS for n in numbers])
@@ -127,7 +129,8 @@ class Round:
         until(lambda: self._size() - before >= 60 * some // BATCH or self._is_published(), timeout_s=30)
 
     def _size(self) -> int:
-        return sum((self.directory / name).stat().st_size for name in ("published",) if (self.directory / name).exists())
+        journal = self.directory / "published"
+        return journal.stat().st_size if journal.exists() else 0
 
     def _is_published(self) -> bool:
         return sum(len(entry["sequences"]) for entry in lines(self.directory / "published")) >= self.total
@@ -139,7 +142,7 @@ class Round:
         accepted = self._accepted()
         until(lambda: accepted <= self._handled().keys(), timeout_s=60, what="all that was accepted is handled")
         publisher.tell()
-        assert publisher.hear(30)["balanced"]
+        assert publisher.hear(30)["balanced"], "its subscribers acknowledged everything"
         subscriber.tell()
         assert subscriber.hear()["gaps"] == []
 
