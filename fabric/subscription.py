@@ -292,10 +292,6 @@ class SubscriptionBase:
         self._require_open()
         self._engine.submit(events.CursorCommitted(self._inbox.number, committed))
 
-    def unsubscribe(self) -> None:
-        """Close, and end a subscription that has a name: publishers owe it nothing more."""
-        self._close(forgotten=True)
-
     # Looking.
 
     @property
@@ -405,6 +401,10 @@ class Subscription(SubscriptionBase):
     def close(self) -> None:
         """Take nothing more. Publishers owe nothing more, unless it has a name. Twice is once."""
         self._close()
+
+    def unsubscribe(self) -> None:
+        """Close, and end a subscription that has a name: publishers owe it nothing more."""
+        self._close(forgotten=True)
 
     def __enter__(self) -> Subscription:
         return self

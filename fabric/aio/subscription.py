@@ -81,6 +81,10 @@ class Subscription(SubscriptionBase):
         """Take nothing more. Publishers owe nothing more, unless it has a name. Twice is once."""
         self._close()
 
+    async def unsubscribe(self) -> None:
+        """Close, and end a subscription that has a name: publishers owe it nothing more."""
+        self._close(forgotten=True)
+
     def _enter(self, *, settle: bool = True) -> None:
         if running_loop() is not self._driver.loop:
             self._driver.check()

@@ -33,7 +33,7 @@ class Ancestry:
     def restore(self, past: PastFeed) -> None:
         """A feed of an earlier life, with what the disk has of it."""
         out = OutFeed(past.feed, past.topic, Policy(past.policy), past.incarnation)
-        out.exact, out.closed = past.exact, True
+        out.exact, out.closed, out.is_named = past.exact, True, True
         for first, end, size in past.bursts:
             if first >= out.end:
                 self._retention.append_written(out, first, end, size)

@@ -100,7 +100,10 @@ class RecordsExpired:
 
 @crossing
 class AppendRecords:
-    """Write a burst to the spill log; answer with `WriteFinished` or `WriteFailed`."""
+    """Write a burst to the spill log; answer with `WriteFinished` or `WriteFailed`.
+
+    One of no records makes the log know its feed.
+    """
 
     number: int
     topic: str

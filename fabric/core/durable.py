@@ -28,6 +28,24 @@ class DurableWrites:
     def __init__(self, context: Context, retention: Retention) -> None:
         self._context, self._retention = context, retention
         self._under_way: dict[int, _Write] = {}
+        self._naming: dict[int, OutFeed] = {}
+
+    def name(self, out: OutFeed) -> None:
+        """Ask the disk to know this feed; nobody hears of it before."""
+        number = self._context.next_write()
+        self._naming[number] = out
+        self._context.emit(
+            AppendRecords(number, out.topic, out.feed, 0, 0, b"", policy=out.policy.value, sync=out.sync)
+        )
+
+    def named(self, number: int) -> list[OutFeed]:
+        """The feeds that the disk knows now that all writes up to this one are done. A burst names its feed, too."""
+        done = [self._naming.pop(other) for other in list(self._naming) if other <= number]
+        done += [write.out for other, write in self._under_way.items() if other <= number]
+        fresh = list({out.feed: out for out in done if not out.is_named}.values())
+        for out in fresh:
+            out.is_named = True
+        return fresh
 
     def ask(self, out: OutFeed, burst: BurstClosed) -> None:
         """Ask the disk to take a burst."""
@@ -52,6 +70,8 @@ class DurableWrites:
 
     def on_failed(self, event: WriteFailed) -> None:
         """What was refused is forgotten: its publisher is told, and nothing was taken."""
+        for number in self._naming.keys() & range(event.first, event.number + 1):
+            del self._naming[number]
         for number in self._under_way.keys() & range(event.first, event.number + 1):
             self._end(number).out.refused += 1
             self._context.counts["durable_refused"] += 1

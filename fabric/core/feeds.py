@@ -74,6 +74,7 @@ class OutFeed:
         "exact",
         "feed",
         "incarnation",
+        "is_named",
         "kept",
         "last_data_ns",
         "listeners",
@@ -96,6 +97,8 @@ class OutFeed:
     ) -> None:
         self.feed, self.topic, self.policy, self.incarnation, self.spills = feed, topic, policy, incarnation, spills
         self.sync = sync
+        self.is_named = policy is not Policy.DURABLE
+        """Whether the next life would know it: nobody hears of a durable feed before."""
         self.refused = 0
         """Bursts of a durable feed that the disk did not take: nobody ever saw them."""
         self.exact: bool | None = None

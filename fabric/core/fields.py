@@ -56,7 +56,8 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     # subscription, number of feeds that match it by now, some of them: (feed, topic, policy, join offset, end, first
     # available, incarnation, the incarnation whose feed comes before it or 0, ending: 0 open, 1 exact, 2 not known)
     Kind.REGISTERED: (int, int, Each(int, str, str, int, int, int, int, int, int)),
-    Kind.UNREGISTER: (int,),
+    # subscription; whether it stays owed if it has a name
+    Kind.UNREGISTER: (int, bool),
     # (subscription, feed, floor)
     Kind.ACKNOWLEDGE: (Each(int, int, int),),
     # feed, token, credit in bytes, ranges

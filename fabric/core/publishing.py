@@ -68,6 +68,8 @@ class Publishing:
         )
         self.feeds[event.topic] = out
         self.ancestry.add(out)
+        if not out.is_named:
+            self.durable.name(out)
         for registration in self.registrations:
             if registration.pattern.matches(event.topic):
                 self._enrol(registration, out, 0)
@@ -113,6 +115,8 @@ class Publishing:
     def on_written(self, event: WriteFinished) -> None:
         """The disk is done with everything up to a number."""
         self.spilling.on_finished(event)
+        for out in self.durable.named(event.number):
+            self._tell_all(out)
         for out, burst in self.durable.finished(event.number):
             self._send(out, burst)
             if not out.readers:
@@ -224,13 +228,20 @@ class Publishing:
         """Name feeds to a subscriber, by default all that it is owed, oldest first of each topic."""
         if registration.absent_ns or registration.saved:
             return
-        joins = registration.joins
         name, number = registration.reader
+        owed = [out for feed in registration.joins if (out := self.by_id[feed]).is_named]
         if feeds is None:
-            feeds = sorted((self.by_id[feed] for feed in joins), key=lambda out: out.incarnation)
+            feeds = sorted(owed, key=lambda out: out.incarnation)
+        feeds = [out for out in feeds if out.is_named]
         for begin in range(0, len(feeds) or 1, FEEDS_PER_FRAME):
             some = [self._row(registration, out) for out in feeds[begin : begin + FEEDS_PER_FRAME]]
-            self._context.send(name, Kind.REGISTERED, number, len(joins), some)
+            self._context.send(name, Kind.REGISTERED, number, len(owed), some)
+
+    def _tell_all(self, out: OutFeed) -> None:
+        """Everybody who is owed this feed hears of it."""
+        for registration in self.registrations:
+            if out.feed in registration.joins:
+                self._tell(registration, [out])
 
     def _row(self, registration: Registration, out: OutFeed) -> tuple[Any, ...]:
         ending = 0 if out.exact is None else 1 if out.exact else 2
@@ -239,10 +250,14 @@ class Publishing:
         known = out.feed, out.topic, out.policy.value, join, out.end, out.first_available
         return *known, out.incarnation, before, ending
 
-    def on_unregister(self, peer: Peer, number: int) -> None:
-        """A peer is done with a subscription; it asks until it hears that we do not know it any more."""
+    def on_unregister(self, peer: Peer, number: int, rests: bool) -> None:
+        """A peer has closed a subscription; it asks until it hears that we do not know its number any more."""
         self._expired.get(peer.name, {}).pop(number, None)
-        self.unregister(peer.name, number)
+        registration = self.registrations.of(peer.name).get(number)
+        if registration is not None and registration.name and rests:
+            self._rest(registration)
+        else:
+            self.unregister(peer.name, number)
         self._context.send(peer.name, Kind.UNKNOWN, number)
 
     def unregister(self, name: str, number: int) -> None:

@@ -45,8 +45,9 @@ class Subscribing:
         self._context, self._members, self._fetching = context, members, fetching
         self.following = Following(context, fetching)
         self.subscriptions: dict[int, Subscription] = {}
-        self._leaving: dict[tuple[str, int], tuple[int, int]] = {}
-        """Closed subscriptions of which a peer has to hear: when to tell it again, and the wait after that."""
+        self._leaving: dict[tuple[str, int], tuple[int, int, bool]] = {}
+        """Closed subscriptions of which a peer has to hear: when to tell it again, the wait after that, and whether
+        they stay owed."""
         self.endings = Endings(context, members, fetching, self.following, self.subscriptions, self._retire)
         self._past: Counter[str] = Counter()
         """What became of the records of feeds that are over."""
@@ -76,17 +77,16 @@ class Subscribing:
             return
         for inbound in subscription.feeds.values():
             self._drop_inbound(inbound)
-        if subscription.name and not event.forgotten:
-            return
+        self.following.acknowledge()
         for peer in self._members.by_name.values():
             if not peer.is_gone:
-                self._leave(peer, number)
+                self._leave(peer, number, rests=bool(subscription.name) and not event.forgotten)
 
-    def _leave(self, peer: Peer, number: int, wait_ns: int = REGISTER_FIRST_NS) -> None:
+    def _leave(self, peer: Peer, number: int, *, rests: bool, wait_ns: int = REGISTER_FIRST_NS) -> None:
         """Repeated until the publisher says that it does not know this subscription: it would owe it for ever."""
-        self._leaving[peer.name, number] = (self._context.now + wait_ns, min(2 * wait_ns, REGISTER_MAX_NS))
+        self._leaving[peer.name, number] = (self._context.now + wait_ns, min(2 * wait_ns, REGISTER_MAX_NS), rests)
         self._context.wake_by(self._context.now + wait_ns)
-        self._context.send(peer.name, Kind.UNREGISTER, number)
+        self._context.send(peer.name, Kind.UNREGISTER, number, rests)
 
     def settle(self, event: MessagesSettled) -> None:
         """Messages were handled, or dropped by the application."""
@@ -192,7 +192,7 @@ class Subscribing:
         """A publisher names feeds that match, with their join offsets."""
         subscription = self.subscriptions.get(number)
         if subscription is None:
-            self._context.send(peer.name, Kind.UNREGISTER, number)
+            self._context.send(peer.name, Kind.UNREGISTER, number, True)
             return
         told = subscription.told.setdefault(peer.name, set())
         for fields in feeds:
@@ -385,9 +385,9 @@ class Subscribing:
         now = self._context.now
         for subscription in self.subscriptions.values():
             self._ask_to_confirm(subscription)
-        for (name, number), (due_ns, wait_ns) in list(self._leaving.items()):
+        for (name, number), (due_ns, wait_ns, rests) in list(self._leaving.items()):
             if now >= due_ns:
-                self._leave(self._members.by_name[name], number, wait_ns)
+                self._leave(self._members.by_name[name], number, rests=rests, wait_ns=wait_ns)
         self.endings.tick()
         self.following.tick()
 
@@ -400,7 +400,7 @@ class Subscribing:
     def next_deadline_ns(self) -> int | None:
         """When something has to be repeated or acknowledged."""
         dues = [due for subscription in self.subscriptions.values() for due, _, _ in subscription.asked.values()]
-        dues += [due for due, _ in self._leaving.values()]
+        dues += [due for due, _, _ in self._leaving.values()]
         dues += self.endings.dues_ns()
         due_ns = self.following.next_deadline_ns()
         return min(dues if due_ns is None else [*dues, due_ns], default=None)

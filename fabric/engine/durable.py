@@ -166,14 +166,14 @@ class Durability:
         outbox = self._outbox
         outbox._require_open()
         feed = self._feed
-        if not self.resolve() or feed is None or not outbox._open(outbox.room_of_burst + more):
+        if not self.resolve() or feed is None or not outbox._open(outbox._room_of_burst + more):
             return None
         first = outbox.next
         try:
             result = add()
         finally:
             lanes: dict[int, tuple[int, int]] = {}
-            for seed, sequence, previous in outbox.lanes_of_burst():
+            for seed, sequence, previous in outbox._lanes_of_burst():
                 lanes.setdefault(seed, (sequence, previous))
             if lanes:
                 outbox._close()
@@ -184,7 +184,7 @@ class Durability:
         attempt, feed = self._attempt, self._feed
         if feed is None or (attempt is not None and not self._is_over(attempt)):
             return False
-        return self._outbox._has_room(self._outbox.room_of_burst + more)
+        return self._outbox._has_room(self._outbox._room_of_burst + more)
 
     def _is_over(self, attempt: _Attempt[Any]) -> bool:
         feed = self._feed
@@ -199,5 +199,5 @@ class Durability:
             return False
         self._attempt, attempt.is_taken = None, feed.end >= attempt.end
         if not attempt.is_taken:
-            self._outbox.renumber(attempt.first, attempt.lanes)
+            self._outbox._renumber(attempt.first, attempt.lanes)
         return True

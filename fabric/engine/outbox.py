@@ -228,16 +228,16 @@ class Outbox:
     # What durability needs: a burst is open, and the caller has it to himself.
 
     @property
-    def room_of_burst(self) -> int:
+    def _room_of_burst(self) -> int:
         """Reserved for one burst."""
         return ROOM
 
-    def lanes_of_burst(self) -> list[tuple[int, int, int]]:
+    def _lanes_of_burst(self) -> list[tuple[int, int, int]]:
         """Seed, sequence and previous of each record in the open burst."""
         rows = self.rows
         return list(zip(rows[0::ROW], rows[1::ROW], rows[2::ROW], strict=True))
 
-    def renumber(self, first: int, lanes: Mapping[int, tuple[int, int]]) -> None:
+    def _renumber(self, first: int, lanes: Mapping[int, tuple[int, int]]) -> None:
         """The records from `first` on never were: their numbers are given again."""
         self.next = first
         for seed, (sequence, previous) in lanes.items():

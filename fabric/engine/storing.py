@@ -184,7 +184,7 @@ class Storekeeper:
         self.error = refusal
 
     def _entries(self, wishes: Sequence[AppendRecords]) -> list[Entry]:
-        """The names of feeds that the log does not know, and then the bursts."""
+        """The names of feeds that the log does not know, and then the bursts. Without records it is a name only."""
         fresh = {wish.feed: wish for wish in wishes if wish.feed not in self._named}
         names = [
             Entry(Kind.FEED, feed, self._incarnation, 0, 0, FeedName(wish.topic, wish.policy, wish.sync).encode())
@@ -193,6 +193,7 @@ class Storekeeper:
         return names + [
             Entry(Kind.BURST, wish.feed, self._incarnation, wish.first, wish.count, wish.frame, wish.payloads)
             for wish in wishes
+            if wish.count
         ]
 
     def _load(self, feed: int, first: int) -> LoadedBurst:

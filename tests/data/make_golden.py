@@ -29,7 +29,7 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.HELLO: (*CARD, 9, [(3, "layers.**", "live", "reliable", True, [(FEED, 17)], "trainer")]),
     Kind.REGISTER: (3, "layers.*.health", "retained", "best_effort", False, [(FEED, 17)], ""),
     Kind.REGISTERED: (3, 1, [(FEED, "layers.0.health", "reliable", 5, 9, 2, 7, 6, 0)]),
-    Kind.UNREGISTER: (3,),
+    Kind.UNREGISTER: (3, True),
     Kind.ACKNOWLEDGE: ([(3, FEED, 17)],),
     Kind.PULL: (FEED, 12, 8388608, [(5, 6), (8, 17)]),
     Kind.JOIN: ([(FEED, 99)],),

@@ -144,7 +144,8 @@ class Round:
         publisher.tell()
         assert publisher.hear(30)["balanced"], "its subscribers acknowledged everything"
         subscriber.tell()
-        assert subscriber.hear()["gaps"] == []
+        gaps = subscriber.hear()["gaps"]
+        assert gaps == [], gaps
 
     def _accepted(self) -> set[tuple[int, int]]:
         return {

@@ -205,7 +205,7 @@ def test_a_peer_that_is_impersonated_with_nonsense_of_the_right_form_goes_on(bes
         Kind.ACCEPTED: (99,),
         Kind.REPLY: (99, False, 1, b"unasked"),
         Kind.FETCH: (feed, 0, 0, far, 1),
-        Kind.UNREGISTER: (77,),
+        Kind.UNREGISTER: (77, True),
         Kind.REQUEST: (12345, 0, "ping", 1, 1000, 255, b"\xc1", b"\xc1"),
     }
     duplicates = besieged.count("duplicate")

@@ -168,7 +168,7 @@ def test_what_a_subscription_was_owed_is_free_when_it_ends() -> None:
     link.do("b", events.SubscriptionClosed(1))
     link.crank()
     assert (out_of(link).readers, len(out_of(link).owed)) == ({}, 0)
-    assert told(say(link, Kind.UNREGISTER, 77), Kind.UNKNOWN) == [[77]]
+    assert told(say(link, Kind.UNREGISTER, 77, False), Kind.UNKNOWN) == [[77]]
     assert link["b"].core.following.feeds == {}
 
 

@@ -67,7 +67,7 @@ def test_a_member_that_comes_later_owes_everything_from_its_offset_0() -> None:
 def test_a_member_that_nobody_subscribed_to_any_more_is_told() -> None:
     link = listening()
     link.publish("a", "t")
-    assert told(hear(link, Kind.REGISTERED, 9, 0, []), Kind.UNREGISTER) == [[9]]
+    assert told(hear(link, Kind.REGISTERED, 9, 0, []), Kind.UNREGISTER) == [[9, True]]
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def changed(frame: bytes, at: int, form: str, value: int) -> bytes:
 BURST = encode_burst(7, 1, 5, 0, [1, 2], [0, 0], [NONE, NONE], [1, 1], [b"a", b"b"])
 NOTED = encode_burst(7, 1, 5, 0, [1, 2], [0, 0], [NONE, NONE], [1, 1], [b"a", b"b"], [b"\x80", b""])
 MARKER = encode_marker(7, 1, 5, 0, [1])
-HELLO = encode_control(Kind.UNREGISTER, 1, 1, 3)
+HELLO = encode_control(Kind.UNKNOWN, 1, 1, 3)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_a_data_frame_is_refused_with_its_reason(frame: bytes, reason: Drop) -> 
         (changed(HELLO, 3, "<B", 250), Drop.KIND),
         (changed(HELLO, 4, "<I", 1), Drop.KIND),
         (changed(HELLO, 3, "<B", Kind.STATUS), Drop.SHAPE),
-        (encode_control(Kind.UNREGISTER, 1, 1, -1), Drop.SHAPE),
-        (encode_control(Kind.UNREGISTER, 1, 1, True), Drop.SHAPE),
+        (encode_control(Kind.UNKNOWN, 1, 1, -1), Drop.SHAPE),
+        (encode_control(Kind.UNKNOWN, 1, 1, True), Drop.SHAPE),
         (encode_control(Kind.UNREGISTER, 1, 1, 3, 4), Drop.SHAPE),
         (encode_control(Kind.ACKNOWLEDGE, 1, 1, 3), Drop.SHAPE),
         (encode_control(Kind.ACKNOWLEDGE, 1, 1, [(1, 2)]), Drop.SHAPE),
