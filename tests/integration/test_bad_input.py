@@ -377,6 +377,7 @@ def test_a_full_retention_says_how_full_and_took_nothing(pair: tuple[Fabric, Fab
         assert publisher.publish(b"room again") == taken
 
 
+@pytest.mark.usefixtures("short_grace")
 def test_requests_say_who_did_not_answer_and_whether_it_had_accepted(pair: tuple[Fabric, Fabric]) -> None:
     ours, theirs = pair
     go_on = threading.Event()

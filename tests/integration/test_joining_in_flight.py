@@ -17,7 +17,7 @@ TOPICS = ("flow.0.health", "flow.1.health")
 SEEDS = 8
 LANES = SEEDS // len(TOPICS)
 """Seeds of each topic."""
-TAKEN = 1500
+TAKEN = 500
 """Records that a cycle takes of each feed."""
 CYCLES = 67
 OBSERVERS = 10

@@ -51,6 +51,7 @@ async def test_a_plain_function_responds_too(face: Any, a: Any, b: Any) -> None:
     assert (await a.request("plain", 1, to=1)).value == 2
 
 
+@pytest.mark.usefixtures("short_grace")
 @played()
 async def test_a_request_that_fails_says_why(face: Any, a: Any, b: Any) -> None:
     @b.respond("fail")
