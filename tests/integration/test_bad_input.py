@@ -394,11 +394,13 @@ def test_requests_say_who_did_not_answer_and_whether_it_had_accepted(pair: tuple
         ours.request("unsendable", to=1)
     with pytest.raises(RemoteFailureError, match="no handler for 'unheard'"):
         ours.request("unheard", to=1)
-    with pytest.raises(
-        RequestTimeoutError, match=r"no reply to nap within 0\.4 s \(rank-1 had accepted it\)"
-    ) as timed_out:
-        ours.request("nap", to=1, timeout_s=0.4)
-    assert timed_out.value.fields["accepted"] is True
+
+    def nap_was_accepted() -> str:  # it says so when a request is repeated: on a busy machine not always in time
+        with pytest.raises(RequestTimeoutError, match=r"no reply to nap within 0\.4 s") as timed_out:
+            ours.request("nap", to=1, timeout_s=0.4)
+        return str(timed_out.value) if timed_out.value.fields["accepted"] else ""
+
+    assert "(rank-1 had accepted it)" in until(nap_was_accepted, timeout_s=30)
     go_on.set()
     answers = ours.request_all("fail", to=[1, 9])
     assert isinstance(answers[1], RemoteFailureError)

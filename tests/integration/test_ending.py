@@ -208,7 +208,7 @@ def publish_and_wait(parent: Parent, spec: str, first: int, unread: bool = False
     for number in range(first, first + 100):
         publisher.publish(number, seed=number % 3)
     if unread:
-        fabric.publish("signs.all", "out")  # after them on the same sockets
+        fabric.publish("signs.all", "out")
     else:
         publisher.flush(timeout_s=20)
     parent.say(flushed=not unread)
@@ -308,6 +308,7 @@ def test_a_life_that_ended_unread_is_read_before_the_one_that_follows(tmp_path: 
             signs, inbox = fabric.subscribe("signs.**"), fabric.subscribe("words.**")
             assert old.hear() == {"flushed": False}
             assert signs.receive(timeout_s=20).value == "out"
+            until(lambda: waiting(inbox) == 100, what="all are here")
             before = fabric.peers["rank-1"].incarnation
             old.signal(signal.SIGKILL)
             old.exit_code()
@@ -320,6 +321,11 @@ def test_a_life_that_ended_unread_is_read_before_the_one_that_follows(tmp_path: 
         assert values == [*range(100), *range(1000, 1100)]
         assert [incarnation for _, incarnation, _ in taken] == [before] * 100 + [after] * 100
         assert [(gap.incarnation, gap.first, gap.end) for gap in inbox.gaps] == [(before, 100, None)]
+
+
+def waiting(inbox: Any) -> int:
+    """Messages that nobody has taken yet."""
+    return sum(item.burst.count if item.rows is None else len(item.rows) for item in list(inbox._inbox.items))
 
 
 def take(inbox: Any, count: int) -> list[tuple[int, int, int]]:
