@@ -50,6 +50,7 @@ __all__ = [
     "LoadRecords",
     "MessagesSettled",
     "PayloadChecked",
+    "PayloadStarved",
     "PeerAnnounced",
     "PeerDied",
     "PlaceChunk",
@@ -252,6 +253,14 @@ class PayloadChecked:
     number: int
     payload: Buffer | None
     """The bytes, or None if they are not what their publisher sent."""
+
+
+@crossing
+class PayloadStarved:
+    """There was no memory to put a payload together; what came of it is gone."""
+
+    space: int
+    number: int
 
 
 @crossing
