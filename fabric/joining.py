@@ -19,6 +19,7 @@ from fabric.engine.sleeping import ThreadedWaits
 from fabric.engine.storing import Storekeeper, ThreadedStore
 from fabric.errors import ConfigError, JoinTimeoutError, RendezvousError, VersionMismatchError, shortened
 from fabric.rendezvous import Card, announce, find, open_rendezvous, this_host, withdraw
+from fabric.storage.clock import steady_wall_ns
 from fabric.storage.home import open_home, sweep
 from transports import Endpoints
 from transports.base import AddressError, SocketLimits
@@ -167,7 +168,7 @@ class Entry:
         keeper = Storekeeper(
             self.card.incarnation,
             lambda: open_home(self.config.spill, job, name, self.card.incarnation),
-            time.time_ns,
+            steady_wall_ns,
         )
         engine.store = ThreadedStore(engine, keeper)
         self._membership = ProcessMembership(engine, self.waits, self.leave)
