@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fabric.config import BURST_BYTES_MAX, Policy, WhenFull
 from fabric.core.events import BurstClosed, RoomNeeded
-from fabric.core.wire import ADDRESSED, NONE, RECORD_BYTES, TOMBSTONE, checksum_of, encode_burst, encode_descriptor
+from fabric.core.wire import (
+    ADDRESSED,
+    NONE,
+    OFFSET_END,
+    RECORD_BYTES,
+    TOMBSTONE,
+    checksum_of,
+    encode_burst,
+    encode_descriptor,
+)
 from fabric.engine.budget import Budget
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import BrokenError, ClosedError, QueueFullError
@@ -307,6 +316,8 @@ class Outbox:
             raise ClosedError(what=f"the publisher of {self.topic}")
         if engine.fenced_by:
             raise BrokenError("a newer incarnation of this member lives", what="the fabric")
+        if self.next > OFFSET_END - BURST_BYTES_MAX:  # more than the open burst takes: none of it may wrap
+            raise BrokenError("its offsets are used up", what=f"the publisher of {self.topic}")
 
     def _open(self, room: int) -> bool:
         """Reserve room and begin a burst; False if there is none."""
