@@ -93,7 +93,7 @@ TOPICS: list[Any] = [
 
 
 @pytest.mark.parametrize("topic", TOPICS, ids=repr)
-def test_a_malformed_topic_is_refused(alone: Fabric, topic: Any) -> None:
+def test_f68_a_malformed_topic_is_refused(alone: Fabric, topic: Any) -> None:
     for call in (lambda: alone.publish(topic, 1), lambda: alone.publisher(topic)):
         with pytest.raises(TopicError) as caught:
             call()
@@ -192,7 +192,7 @@ def test_a_tensor_that_cannot_travel_is_refused_by_name(alone: Fabric, kind: str
     nothing_was_taken(alone)
 
 
-def test_a_value_over_the_limit_is_refused_before_anything_is_packed(alone: Fabric) -> None:
+def test_f40_a_value_over_the_limit_is_refused_before_anything_is_packed(alone: Fabric) -> None:
     # 8 TiB of nothing: whoever touched it to measure it would need them.
     endless = np.broadcast_to(np.float64(0), (1 << 20, 1 << 20))
     for value in (endless, {"deep": [endless]}, bytes(1_000_001), "x" * 1_000_001):

@@ -136,7 +136,7 @@ async def test_a_handler_gets_each_lane_in_order(face: Any, a: Any, b: Any) -> N
 
 
 @played()
-async def test_a_handler_that_fails_is_tried_again_while_its_lane_waits(face: Any, a: Any, b: Any) -> None:
+async def test_f67_a_handler_that_fails_is_tried_again_while_its_lane_waits(face: Any, a: Any, b: Any) -> None:
     seen: list[tuple[int, int, int]] = []
 
     @b.on("t")
@@ -156,7 +156,7 @@ async def test_a_handler_that_fails_is_tried_again_while_its_lane_waits(face: An
 
 
 @played()
-async def test_a_handler_that_keeps_failing_makes_a_dead_letter(face: Any, a: Any, b: Any) -> None:
+async def test_f66_a_handler_that_keeps_failing_makes_a_dead_letter(face: Any, a: Any, b: Any) -> None:
     seen: list[int] = []
 
     @b.on("t", attempts=2)

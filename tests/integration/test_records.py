@@ -173,7 +173,7 @@ def test_a_million_records_arrive_each_lane_in_order_within_the_memory_bound(tmp
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("when_full", ["block", "spill"])
-def test_a_handler_that_burns_20_us_a_record_gets_all_of_them_within_the_memory_bound(
+def test_f21_a_handler_that_burns_20_us_a_record_gets_all_of_them_within_the_memory_bound(
     tmp_path: Path, when_full: str
 ) -> None:
     told = run(tmp_path, handle_all, 60_000, "tiny", when_full)

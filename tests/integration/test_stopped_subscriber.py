@@ -194,12 +194,14 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[s
 
 
 @pytest.mark.timeout(90)
-def test_a_subscriber_that_was_stopped_catches_up_without_a_gap_and_disturbs_nobody(both: dict[str, Any]) -> None:
+def test_f08_a_subscriber_that_was_stopped_catches_up_without_a_gap_and_disturbs_nobody(both: dict[str, Any]) -> None:
     check_catches_up_without_a_gap(both["block"])
 
 
 @pytest.mark.timeout(90)
-def test_where_the_oldest_is_dropped_a_stopped_subscriber_learns_exactly_what_it_missed(both: dict[str, Any]) -> None:
+def test_f08_where_the_oldest_is_dropped_a_stopped_subscriber_learns_exactly_what_it_missed(
+    both: dict[str, Any],
+) -> None:
     check_exact_gap(both["drop_oldest"])
 
 
