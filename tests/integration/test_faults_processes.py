@@ -137,7 +137,7 @@ def test_f22_a_subscriber_that_never_reads_costs_bounded_memory_and_delays_nobod
         join(SMALL, rank=0, world_size=2, rendezvous=spec, job=JOB) as fabric,
         fabric.subscribe("flow.**") as inbox,
     ):
-        (card,) = [card for card in find(JOB) if card.rank == 1]
+        (card,) = until(lambda: [card for card in find(JOB) if card.rank == 1], what="its card, once it has joined")
         hostile = Reader(JOB, "hostile", data=card.endpoints[0], control=card.endpoints[1], bulk=card.endpoints[2])
         try:
             hostile.hello()
