@@ -29,6 +29,7 @@ from fabric.errors import (
     shortened,
 )
 from fabric.rendezvous import Card, announce, find, open_rendezvous, this_host, withdraw
+from fabric.storage.clock import steady_wall_ns
 from fabric.storage.home import open_home, state_home, sweep
 from fabric.storage.state import MemberState
 from transports import Endpoints
@@ -178,7 +179,9 @@ class Entry:
             deadline = time.monotonic() + (TAKEOVER_S if directory is not None else 0.0)
             while True:
                 try:
-                    self._state = MemberState.open(home, self.config.spill, name=name, boot=this_host())
+                    self._state = MemberState.open(
+                        home, self.config.spill, name=name, boot=this_host(), wall_ns=steady_wall_ns
+                    )
                     break
                 except SpillLockedError:
                     if time.monotonic() > deadline:
@@ -215,7 +218,7 @@ class Entry:
         keeper = Storekeeper(
             self.card.incarnation,
             lambda: open_home(self.config.spill, job, name, self.card.incarnation),
-            time.time_ns,
+            steady_wall_ns,
             self._state,
         )
         engine.store = ThreadedStore(engine, keeper)

@@ -54,6 +54,12 @@ def state_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 _states = itertools.count()
 
 
+def pytest_collection_finish() -> None:
+    """What is there now stays to the end: no search for garbage has to look at thousands of tests, and at torch."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def runtime_directory() -> Iterator[Path]:
     """A short private directory for cards and ipc sockets: a socket's path may have 107 bytes, pytest's are longer."""
@@ -72,6 +78,12 @@ def runtime_directory() -> Iterator[Path]:
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for a method that nobody has hears so soon, not after two seconds."""
+    monkeypatch.setattr("fabric.engine.dispatch.GRACE_NS", 50_000_000)
 
 
 @pytest.fixture(autouse=True)

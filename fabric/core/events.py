@@ -56,6 +56,7 @@ __all__ = [
     "MessagesSettled",
     "PastFeed",
     "PayloadChecked",
+    "PayloadStarved",
     "PeerAnnounced",
     "PeerDied",
     "PlaceChunk",
@@ -275,6 +276,14 @@ class PayloadChecked:
     number: int
     payload: Buffer | None
     """The bytes, or None if they are not what their publisher sent."""
+
+
+@crossing
+class PayloadStarved:
+    """There was no memory to put a payload together; what came of it is gone."""
+
+    space: int
+    number: int
 
 
 @crossing

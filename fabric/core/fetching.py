@@ -20,14 +20,14 @@ PIECES_MAX = 1024
 
 
 class _Fetch:
-    """One payload. `received`: the bytes that are there."""
+    """One payload. `received`: the bytes that are there. Nothing is taken before `rests_ns`."""
 
-    __slots__ = ("attempts", "checksum", "due_ns", "key", "peer", "received", "size", "started", "wait_ns")
+    __slots__ = ("attempts", "checksum", "due_ns", "key", "peer", "received", "rests_ns", "size", "started", "wait_ns")
 
     def __init__(self, key: Key, peer: str, size: int, checksum: int, wait_ns: int) -> None:
         self.key, self.peer, self.size, self.checksum = key, peer, size, checksum
         self.received = RangeSet()
-        self.attempts, self.due_ns, self.wait_ns, self.started = 0, 0, wait_ns, False
+        self.attempts, self.due_ns, self.rests_ns, self.wait_ns, self.started = 0, 0, 0, wait_ns, False
 
 
 class Fetching:
@@ -89,8 +89,8 @@ class Fetching:
         if not size or end > fetch.size or next(fetch.received.missing(position, end), None) != (position, end):
             self._context.counts[Drop.DUPLICATE if end <= fetch.size else Drop.SHAPE] += 1
             return
-        if len(fetch.received) >= PIECES_MAX:
-            self._context.counts[Drop.NO_ROOM] += 1  # in crumbs, and not in order: it is asked for again
+        if len(fetch.received) >= PIECES_MAX or self._context.now < fetch.rests_ns:
+            self._context.counts[Drop.NO_ROOM] += 1  # in crumbs and not in order, or starved: it is asked for again
             return
         fetch.received.add(position, end)
         self._progress[peer] = self._context.now
@@ -112,6 +112,17 @@ class Fetching:
             return None
         self.end(key, drop=not intact)
         return intact
+
+    def starve(self, key: Key) -> None:
+        """There was no memory for it: all of it is asked for again after a while, when there may be some."""
+        fetch, context = self._all.get(key), self._context
+        if fetch is None:
+            return
+        context.counts["out_of_memory"] += 1
+        fetch.received = RangeSet()
+        fetch.due_ns = fetch.rests_ns = context.now + context.config.repair.retry_ms_max * MS
+        context.wake_by(fetch.due_ns)
+        context.emit(BeginPayload(*key, fetch.size))
 
     def end(self, key: Key, *, drop: bool = True) -> None:
         """Nobody wants this payload any more, or it is complete."""

@@ -73,6 +73,7 @@ class FabricCore:
             events.RequestAbandoned: lambda event: self.exchange.abandon(event.request),
             events.ReplyIssued: self.exchange.reply,
             events.PayloadChecked: self._on_payload_checked,
+            events.PayloadStarved: lambda event: self.fetching.starve((event.space, event.number)),
             events.PeerAnnounced: self._on_peer_announced,
             events.PeerDied: self._on_peer_died,
             events.RosterAsked: self._on_roster_asked,

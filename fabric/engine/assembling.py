@@ -15,13 +15,14 @@ class _Assembly:
     """One payload. One that comes as a single chunk is taken as it is.
 
     `summed`: how many bytes from its beginning `digest` has seen, chunk after chunk; -1 once their sum was wrong.
+    `starved`: there was no memory for it; what still comes is in vain, until it is begun again.
     """
 
-    __slots__ = ("digest", "place", "size", "summed", "view")
+    __slots__ = ("digest", "place", "size", "starved", "summed", "view")
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.digest, self.summed = Digest(), 0
+        self.digest, self.summed, self.starved = Digest(), 0, False
         self.place: PooledBuffer | None = None
         self.view: memoryview | None = None
 
@@ -38,20 +39,28 @@ class Assemblies:
         self._all[command.space, command.number] = _Assembly(command.size)
 
     def place(self, command: events.PlaceChunk) -> None:
-        """Put a chunk in its place."""
+        """Put a chunk in its place. Raises `MemoryError`, once: there is no room for the payload."""
         assembly = self._all[command.space, command.number]
+        if assembly.starved:
+            return
         chunk = memoryview(command.chunk)
         if chunk.nbytes == assembly.size:
             assembly.view = chunk.toreadonly()
             return
         if assembly.place is None:
+            assembly.starved = True  # unless it goes well
             assembly.place = self._pool.take(assembly.size)
+            assembly.starved = False
         target = assembly.place.view[command.position : command.position + chunk.nbytes]
         if command.position == assembly.summed:
             copy_summed(target, chunk, assembly.digest)
             assembly.summed += chunk.nbytes
         else:
             np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(chunk, np.uint8))
+
+    def is_starved(self, space: int, number: int) -> bool:
+        """Whether there was no memory for this payload."""
+        return self._all[space, number].starved
 
     def finish(self, command: events.FinishPayload) -> memoryview | None:
         """The bytes, read-only; None if they are not what their publisher sent: then they are expected once more."""

@@ -44,8 +44,8 @@ class _Attempt(Generic[T]):
 class Durability:
     """What makes an outbox durable."""
 
-    def __init__(self, outbox: Outbox, sync: str) -> None:
-        self._outbox, self.sync = outbox, sync
+    def __init__(self, outbox: Outbox, sync: str, room: int) -> None:
+        self._outbox, self.sync, self._room = outbox, sync, room
         self._attempt: _Attempt[Any] | None = None
 
     # The steps of publishing.
@@ -166,7 +166,7 @@ class Durability:
         outbox = self._outbox
         outbox._require_open()
         feed = self._feed
-        if not self.resolve() or feed is None or not outbox._open(outbox._room_of_burst + more):
+        if not self.resolve() or feed is None or not outbox._open(self._room + more):
             return None
         first = outbox.next
         try:
@@ -184,7 +184,7 @@ class Durability:
         attempt, feed = self._attempt, self._feed
         if feed is None or (attempt is not None and not self._is_over(attempt)):
             return False
-        return self._outbox._has_room(self._outbox._room_of_burst + more)
+        return self._outbox._has_room(self._room + more)
 
     def _is_over(self, attempt: _Attempt[Any]) -> bool:
         feed = self._feed
@@ -199,5 +199,12 @@ class Durability:
             return False
         self._attempt, attempt.is_taken = None, feed.end >= attempt.end
         if not attempt.is_taken:
-            self._outbox._renumber(attempt.first, attempt.lanes)
+            self._undo(attempt)
         return True
+
+    def _undo(self, attempt: _Attempt[Any]) -> None:
+        """These records never were: their numbers are given again."""
+        outbox = self._outbox
+        outbox.next = attempt.first
+        outbox._lanes.update({seed: list(lane) for seed, lane in attempt.lanes.items()})
+        outbox._clear()

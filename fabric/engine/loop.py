@@ -128,7 +128,7 @@ class Engine:
             events.EndFeed: lambda c: self._tell(c.subscription, Inbox.end_feed, c),
             events.ReportGap: lambda c: self._tell(c.subscription, Inbox.report_gap, c),
             events.BeginPayload: self._assemblies.begin,
-            events.PlaceChunk: self._assemblies.place,
+            events.PlaceChunk: self._place_chunk,
             events.FinishPayload: self._finish_payload,
             events.DropPayload: self._assemblies.drop,
             events.ExecuteRequest: lambda c: self.on_request(c, self._payloads.pop((c.space, c.request), None)),
@@ -426,8 +426,17 @@ class Engine:
     def _keep_request(self, execute: events.ExecuteRequest, payload: memoryview | None) -> None:
         self.early.append((execute, payload))
 
+    def _place_chunk(self, command: events.PlaceChunk) -> None:
+        try:
+            self._assemblies.place(command)
+        except MemoryError:
+            log.warning("there is no memory for a value of a peer; it is asked for again")
+            self._looped.append(events.PayloadStarved(command.space, command.number))
+
     def _finish_payload(self, command: events.FinishPayload) -> None:
         key = command.space, command.number
+        if self._assemblies.is_starved(*key):
+            return  # `PayloadStarved` is on its way
         payload = self._assemblies.finish(command)
         if payload is not None and key[0] not in self.core.following.feeds:
             self._payloads[key] = payload  # of a request or reply; others are handed over with their burst

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fabric.config import BURST_BYTES_MAX, Policy, WhenFull
 from fabric.core.events import BurstClosed, RoomNeeded
-from fabric.core.wire import ADDRESSED, NONE, RECORD_BYTES, TOMBSTONE, checksum_of, encode_burst, encode_descriptor
+from fabric.core.wire import (
+    ADDRESSED,
+    NONE,
+    OFFSET_END,
+    RECORD_BYTES,
+    TOMBSTONE,
+    checksum_of,
+    encode_burst,
+    encode_descriptor,
+)
 from fabric.engine.budget import Budget
 from fabric.engine.durable import Durability
 from fabric.engine.pacing import Pacing
@@ -102,7 +111,7 @@ class Outbox:
         self._record_bytes = 1
         """Of the last burst, on average."""
         self._clear()
-        self.durability = Durability(self, sync) if policy is Policy.DURABLE else None
+        self.durability = Durability(self, sync, ROOM) if policy is Policy.DURABLE else None
         engine.outboxes.append(self)
 
     def _clear(self) -> None:
@@ -225,24 +234,10 @@ class Outbox:
         filled, self._filled = self._filled, 0
         return sequence, filled
 
-    # What durability needs: a burst is open, and the caller has it to himself.
-
-    @property
-    def _room_of_burst(self) -> int:
-        """Reserved for one burst."""
-        return ROOM
-
     def _lanes_of_burst(self) -> list[tuple[int, int, int]]:
         """Seed, sequence and previous of each record in the open burst."""
         rows = self.rows
         return list(zip(rows[0::ROW], rows[1::ROW], rows[2::ROW], strict=True))
-
-    def _renumber(self, first: int, lanes: Mapping[int, tuple[int, int]]) -> None:
-        """The records from `first` on never were: their numbers are given again."""
-        self.next = first
-        for seed, (sequence, previous) in lanes.items():
-            self._lanes[seed] = [sequence, previous]
-        self._clear()
 
     def _room_for(self, size: int) -> int:
         return ROOM if self._is_busy or size > QUIET_BURST_BYTES else QUIET_ROOM
@@ -333,6 +328,8 @@ class Outbox:
             raise ClosedError(what=f"the publisher of {self.topic}")
         if engine.fenced_by:
             raise BrokenError("a newer incarnation of this member lives", what="the fabric")
+        if self.next > OFFSET_END - BURST_BYTES_MAX:  # more than the open burst takes: none of it may wrap
+            raise BrokenError("its offsets are used up", what=f"the publisher of {self.topic}")
 
     def _open(self, room: int) -> bool:
         """Reserve room and begin a burst; False if there is none."""

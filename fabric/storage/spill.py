@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from fabric.errors import (
     SpillError,
     SpillFullError,
 )
+from fabric.storage.clock import steady_wall_ns
 from fabric.storage.disk import OS_DISK, Directory, Disk, DiskFile
 from fabric.storage.index import Contents, Place
 from fabric.storage.reading import Reader
@@ -81,7 +81,7 @@ class SpillLog:
         disk: Disk = OS_DISK,
         incarnation: int = 0,
         keep_unsynced: bool = False,
-        clock: Callable[[], int] = time.time_ns,
+        clock: Callable[[], int] = steady_wall_ns,
         identity: Callable[[int], bytes] = os.urandom,
     ) -> SpillLog:
         """Lock a directory and find what is in it.

@@ -266,7 +266,7 @@ class TransportContract:
         assert a.unblocked() == []
         a.send("b", Link.CONTROL, [b"again"])
 
-    def test_a_reader_that_never_receives_delays_no_broadcast_and_no_other_reader(self, small_world: World) -> None:
+    def test_f22_a_reader_that_never_receives_delays_no_broadcast_and_no_other_reader(self, small_world: World) -> None:
         a, stopped, reader = small_world.open("a"), small_world.open("stopped"), small_world.open("reader")
         for member in (stopped, reader):
             member.connect("a", a.endpoints)

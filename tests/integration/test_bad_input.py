@@ -82,9 +82,14 @@ TOPICS: list[Any] = [
     "-a",
     "a/b",
     "ä",
+    "../../etc/passwd",
+    "a\0b",
+    "a\nb",
+    "\u202ea.b",
     "a.*",
     "**",
     "a" * 256,
+    "a." * 5_000 + "a",
     "\ud800",
     7,
     None,
@@ -93,7 +98,7 @@ TOPICS: list[Any] = [
 
 
 @pytest.mark.parametrize("topic", TOPICS, ids=repr)
-def test_a_malformed_topic_is_refused(alone: Fabric, topic: Any) -> None:
+def test_f68_a_malformed_topic_is_refused(alone: Fabric, topic: Any) -> None:
     for call in (lambda: alone.publish(topic, 1), lambda: alone.publisher(topic)):
         with pytest.raises(TopicError) as caught:
             call()
@@ -192,7 +197,7 @@ def test_a_tensor_that_cannot_travel_is_refused_by_name(alone: Fabric, kind: str
     nothing_was_taken(alone)
 
 
-def test_a_value_over_the_limit_is_refused_before_anything_is_packed(alone: Fabric) -> None:
+def test_f40_a_value_over_the_limit_is_refused_before_anything_is_packed(alone: Fabric) -> None:
     # 8 TiB of nothing: whoever touched it to measure it would need them.
     endless = np.broadcast_to(np.float64(0), (1 << 20, 1 << 20))
     for value in (endless, {"deep": [endless]}, bytes(1_000_001), "x" * 1_000_001):
@@ -386,6 +391,7 @@ def test_a_full_retention_says_how_full_and_took_nothing(pair: tuple[Fabric, Fab
         assert publisher.publish(b"room again") == taken
 
 
+@pytest.mark.usefixtures("short_grace")
 def test_requests_say_who_did_not_answer_and_whether_it_had_accepted(pair: tuple[Fabric, Fabric]) -> None:
     ours, theirs = pair
     go_on = threading.Event()
@@ -402,11 +408,13 @@ def test_requests_say_who_did_not_answer_and_whether_it_had_accepted(pair: tuple
         ours.request("unsendable", to=1)
     with pytest.raises(RemoteFailureError, match="no handler for 'unheard'"):
         ours.request("unheard", to=1)
-    with pytest.raises(
-        RequestTimeoutError, match=r"no reply to nap within 0\.4 s \(rank-1 had accepted it\)"
-    ) as timed_out:
-        ours.request("nap", to=1, timeout_s=0.4)
-    assert timed_out.value.fields["accepted"] is True
+
+    def nap_was_accepted() -> str:  # it says so when a request is repeated: on a busy machine not always in time
+        with pytest.raises(RequestTimeoutError, match=r"no reply to nap within 0\.4 s") as timed_out:
+            ours.request("nap", to=1, timeout_s=0.4)
+        return str(timed_out.value) if timed_out.value.fields["accepted"] else ""
+
+    assert "(rank-1 had accepted it)" in until(nap_was_accepted, timeout_s=30)
     go_on.set()
     answers = ours.request_all("fail", to=[1, 9])
     assert isinstance(answers[1], RemoteFailureError)

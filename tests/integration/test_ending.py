@@ -114,7 +114,7 @@ def see_off(
     return code
 
 
-def test_an_exception_in_the_with_block_closes_cleanly(tmp_path: Path) -> None:
+def test_f56_an_exception_in_the_with_block_closes_cleanly(tmp_path: Path) -> None:
     assert see_off(tmp_path, "exception") == 1
 
 
@@ -126,21 +126,21 @@ def signalled(number: int) -> Callable[[Any, Fabric], None]:
     return act
 
 
-def test_sigint_closes_cleanly(tmp_path: Path) -> None:
+def test_f56_sigint_closes_cleanly(tmp_path: Path) -> None:
     assert see_off(tmp_path, "signal", signalled(signal.SIGINT)) == -signal.SIGINT
 
 
 @untraced
-def test_sigterm_closes_cleanly_and_exits_with_143(tmp_path: Path) -> None:
+def test_f56_sigterm_closes_cleanly_and_exits_with_143(tmp_path: Path) -> None:
     assert see_off(tmp_path, "signal", signalled(signal.SIGTERM)) == 143
 
 
 @untraced
-def test_sigterm_closes_a_fabric_that_nobody_closes(tmp_path: Path) -> None:
+def test_f56_sigterm_closes_a_fabric_that_nobody_closes(tmp_path: Path) -> None:
     assert see_off(tmp_path, "signal_outside_with", signalled(signal.SIGTERM)) == 143
 
 
-def test_the_end_of_the_program_closes_a_fabric_that_nobody_closes(tmp_path: Path) -> None:
+def test_f56_the_end_of_the_program_closes_a_fabric_that_nobody_closes(tmp_path: Path) -> None:
     assert see_off(tmp_path, "exit_without_close") == 0
 
 
@@ -182,7 +182,7 @@ def exit_in_a_handler_thread(parent: Parent, spec: str) -> None:
         )
 
 
-def test_sys_exit_in_a_handler_thread_is_a_failed_attempt_and_others_are_handled(tmp_path: Path) -> None:
+def test_f66_sys_exit_in_a_handler_thread_is_a_failed_attempt_and_others_are_handled(tmp_path: Path) -> None:
     """It cannot end the program from there; it must not end the thread in silence."""
     spec = f"file://{tmp_path}"
     with (
@@ -208,7 +208,7 @@ def publish_and_wait(parent: Parent, spec: str, first: int, unread: bool = False
     for number in range(first, first + 100):
         publisher.publish(number, seed=number % 3)
     if unread:
-        fabric.publish("signs.all", "out")  # after them on the same sockets
+        fabric.publish("signs.all", "out")
     else:
         publisher.flush(timeout_s=20)
     parent.say(flushed=not unread)
@@ -216,7 +216,7 @@ def publish_and_wait(parent: Parent, spec: str, first: int, unread: bool = False
     fabric.close()
 
 
-def test_when_a_publisher_is_killed_iteration_ends_with_an_open_gap(tmp_path: Path) -> None:
+def test_f01_when_a_publisher_is_killed_iteration_ends_with_an_open_gap(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}"
     with (
         child(publish_and_wait, spec=spec, first=0) as victim,
@@ -247,7 +247,7 @@ def subscribe_and_stall(parent: Parent, spec: str) -> None:
     parent.hear()
 
 
-def test_a_killed_subscriber_blocks_its_publisher_only_until_its_death_is_proven(tmp_path: Path) -> None:
+def test_f06_a_killed_subscriber_blocks_its_publisher_only_until_its_death_is_proven(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}"
     with child(subscribe_and_stall, spec=spec) as victim, join(SMALL, rank=0, world_size=2, rendezvous=spec) as fabric:
         publisher = fabric.publisher("flow.health", when_full="block")
@@ -266,7 +266,7 @@ def test_a_killed_subscriber_blocks_its_publisher_only_until_its_death_is_proven
 
 
 @pytest.mark.parametrize("end", ["killed", "closed"])
-def test_a_rank_that_comes_back_is_heard_to_its_old_end_and_then_from_sequence_0(tmp_path: Path, end: str) -> None:
+def test_f25_a_rank_that_comes_back_is_heard_to_its_old_end_and_then_from_sequence_0(tmp_path: Path, end: str) -> None:
     spec = f"file://{tmp_path}"
     with LateJoin(spec) as entering:
         with child(publish_and_wait, spec=spec, first=0) as old:
@@ -300,7 +300,7 @@ def test_a_rank_that_comes_back_is_heard_to_its_old_end_and_then_from_sequence_0
         assert gaps == ([(before, 100, None)] if end == "killed" else [])
 
 
-def test_a_life_that_ended_unread_is_read_before_the_one_that_follows(tmp_path: Path) -> None:
+def test_f25_a_life_that_ended_unread_is_read_before_the_one_that_follows(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}"
     with LateJoin(spec) as entering:
         with child(publish_and_wait, spec=spec, first=0, unread=True) as old:
@@ -308,6 +308,7 @@ def test_a_life_that_ended_unread_is_read_before_the_one_that_follows(tmp_path: 
             signs, inbox = fabric.subscribe("signs.**"), fabric.subscribe("words.**")
             assert old.hear() == {"flushed": False}
             assert signs.receive(timeout_s=20).value == "out"
+            until(lambda: waiting(inbox) == 100, what="all are here")
             before = fabric.peers["rank-1"].incarnation
             old.signal(signal.SIGKILL)
             old.exit_code()
@@ -320,6 +321,11 @@ def test_a_life_that_ended_unread_is_read_before_the_one_that_follows(tmp_path: 
         assert values == [*range(100), *range(1000, 1100)]
         assert [incarnation for _, incarnation, _ in taken] == [before] * 100 + [after] * 100
         assert [(gap.incarnation, gap.first, gap.end) for gap in inbox.gaps] == [(before, 100, None)]
+
+
+def waiting(inbox: Any) -> int:
+    """Messages that nobody has taken yet."""
+    return sum(item.burst.count if item.rows is None else len(item.rows) for item in list(inbox._inbox.items))
 
 
 def take(inbox: Any, count: int) -> list[tuple[int, int, int]]:
@@ -355,7 +361,7 @@ class LateJoin:
 # Closing.
 
 
-def test_close_ends_in_time_though_a_peer_is_stopped_and_says_what_is_owed(tmp_path: Path) -> None:
+def test_f57_close_ends_in_time_though_a_peer_is_stopped_and_says_what_is_owed(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}"
     with child(subscribe_and_stall, spec=spec) as stopped:
         fabric = join(rank=0, world_size=2, rendezvous=spec)

@@ -144,7 +144,7 @@ def listen(parent: Parent, spec: str) -> None:
 
 
 @pytest.mark.timeout(90)
-def test_a_forked_child_is_refused_everything_and_its_parent_goes_on(tmp_path: Path) -> None:
+def test_f55_a_forked_child_is_refused_everything_and_its_parent_goes_on(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}"
     with children(child(fork_again_and_again, spec=spec), child(listen, spec=spec)) as (forking, listening):
         told = forking.hear(60)
@@ -177,7 +177,7 @@ def exit_in_a_fork(parent: Parent, spec: str) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_fork_that_ends_through_the_with_block_takes_nothing_of_its_parent_along(tmp_path: Path) -> None:
+def test_f55_a_fork_that_ends_through_the_with_block_takes_nothing_of_its_parent_along(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}"
     with children(child(exit_in_a_fork, spec=spec), child(listen, spec=spec)) as (forking, listening):
         assert forking.hear(60) == {"code": 5, "cards": 2}
@@ -204,7 +204,7 @@ def reading_end() -> int:
     return reading
 
 
-def test_a_worker_that_outlives_its_killed_parent_does_not_keep_it_alive_for_its_peers(tmp_path: Path) -> None:
+def test_f55_a_worker_that_outlives_its_killed_parent_does_not_keep_it_alive_for_its_peers(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}"
     with child(fork_and_be_killed, spec=spec) as forking:
         watchful = replace(FabricConfig(), liveness=Liveness(suspect_s=1.5))
@@ -252,7 +252,7 @@ def load_data(parent: Parent, spec: str) -> None:
 @pytest.mark.torch
 @pytest.mark.slow
 @pytest.mark.timeout(90)
-def test_the_workers_of_a_data_loader_disturb_nothing(tmp_path: Path) -> None:
+def test_f55_the_workers_of_a_data_loader_disturb_nothing(tmp_path: Path) -> None:
     pytest.importorskip("torch.utils.data", reason="the loader is torch's")
     spec = f"file://{tmp_path}"
     loading = child(load_data, flags=(), spec=spec)

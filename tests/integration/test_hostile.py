@@ -176,7 +176,7 @@ def test_messages_of_too_many_parts_are_dropped(besieged: Besieged) -> None:
 
 
 @pytest.mark.parametrize("door", ["control", "bulk"])
-def test_a_frame_that_is_too_large_ends_its_connection_and_nothing_else(besieged: Besieged, door: str) -> None:
+def test_f41_a_frame_that_is_too_large_ends_its_connection_and_nothing_else(besieged: Besieged, door: str) -> None:
     socket: zmq.Socket[bytes] = getattr(besieged.stranger, door)
     watching = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     try:

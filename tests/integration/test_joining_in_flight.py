@@ -17,7 +17,7 @@ TOPICS = ("flow.0.health", "flow.1.health")
 SEEDS = 8
 LANES = SEEDS // len(TOPICS)
 """Seeds of each topic."""
-TAKEN = 1500
+TAKEN = 500
 """Records that a cycle takes of each feed."""
 CYCLES = 67
 OBSERVERS = 10
@@ -91,7 +91,7 @@ def observe_again_and_again(parent: Parent, cycles: int) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_every_record_from_the_join_offset_on_arrives_once_while_50000_flow_each_second(tmp_path: Path) -> None:
+def test_f20_every_record_from_the_join_offset_on_arrives_once_while_50000_flow_each_second(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}"
     ranks = [child(join_again_and_again, spec=spec, rank=rank, world_size=4, cycles=CYCLES) for rank in (1, 2, 3)]
     watcher = child(observe_again_and_again, cycles=OBSERVERS)
@@ -136,7 +136,7 @@ def receive_the_next(parent: Parent, spec: str, rank: int) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_each_member_that_was_counted_receives_the_record_published_next(tmp_path: Path) -> None:
+def test_f20_each_member_that_was_counted_receives_the_record_published_next(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}"
     readers = [child(receive_the_next, spec=spec, rank=rank) for rank in (1, 2)]
     began = time.monotonic()

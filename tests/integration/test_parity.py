@@ -24,6 +24,8 @@ from fabric.errors import (
 from tests.harness.faces import DEFAULT, played
 
 SMALL = replace(DEFAULT, retention=Retention(owed_bytes_max=256 * 1024, publish_timeout_s=0.2))
+PATIENT = replace(DEFAULT, retention=Retention(owed_bytes_max=256 * 1024, publish_timeout_s=20.0))
+"""For those who get what they wait for."""
 
 
 def lanes_of(messages: list[Any]) -> dict[int, list[int]]:
@@ -252,7 +254,7 @@ async def test_waiting_for_subscribers_ends_when_they_are_there(face: Any, a: An
 
 
 @played(config=SMALL)
-async def test_a_full_retention_blocks_then_refuses_and_takes_nothing(face: Any, a: Any, b: Any) -> None:
+async def test_a_full_retention_refuses_and_takes_nothing(face: Any, a: Any, b: Any) -> None:
     inbox = await b.subscribe("t", acknowledge="manual")
     publisher = a.publisher("t", when_full="block")
     taken = 0
@@ -261,16 +263,31 @@ async def test_a_full_retention_blocks_then_refuses_and_takes_nothing(face: Any,
             await publisher.publish(b"x" * 4096, seed=taken % 7)
             taken += 1
     assert (caught.value.fields["limit"], publisher.next) == (256 * 1024, taken)
-    messages = [await inbox.receive() for _ in range(taken)]
+    for message in [await inbox.receive() for _ in range(taken)]:
+        message.acknowledge()
+    await publisher.flush()
+    assert await publisher.publish(b"y" * 4096, seed=taken % 7) == taken // 7
 
-    async def make_room() -> None:
-        for message in messages:
-            message.acknowledge()
 
-    making = face.later(make_room())
-    await publisher.publish(b"y" * 4096)  # has to wait until the acknowledgements are there
-    await making
-    assert bytes((await inbox.receive()).value) == b"y" * 4096
+@played(config=PATIENT)
+async def test_a_full_retention_blocks_until_there_is_room(face: Any, a: Any, b: Any) -> None:
+    inbox = await b.subscribe("t", acknowledge="manual")
+    publisher, n = a.publisher("t", when_full="block"), 100
+
+    async def publish_all() -> None:
+        for number in range(n):
+            await publisher.publish(bytes([number]) * 4096, seed=number % 7)
+
+    publishing = face.later(publish_all())
+    await face.until(lambda: a.statistics().get("publish_waited"))
+    assert publisher.next < n, "it waits"
+    values = []
+    for _ in range(n):
+        message = await inbox.receive()
+        values.append(message.value[0])
+        message.acknowledge()
+    await publishing
+    assert values == list(range(n))
 
 
 @played(config=SMALL)
@@ -300,7 +317,7 @@ async def test_a_full_retention_that_drops_the_oldest_reports_the_gap(face: Any,
     assert sorted({*seen} | lost) == list(range(200))
 
 
-@played(config=SMALL)
+@played(config=PATIENT)
 async def test_publish_many_waits_for_room_and_takes_all(face: Any, a: Any, b: Any) -> None:
     inbox = await b.subscribe("t")
     n = 400

@@ -35,10 +35,12 @@ SEEDS, STEPS, LARGE = 4, 200, 1024 * 1024 // 4
 MEMBER = f"""
 import json, sys, threading
 import numpy as np
-from fabric import join
+from fabric import FabricConfig, join
+from fabric.config import Work
 
 begun, finished = threading.Event(), threading.Event()
-with join(rank=0, world_size=1, job={JOB!r}) as fabric:
+steady = FabricConfig(work=Work(burst_age_ms=1000.0))  # a burst holds ten steps, however long they take
+with join(steady, rank=0, world_size=1, job={JOB!r}) as fabric:
     fabric.respond("begin")(lambda request: begun.set())
     fabric.respond("finish")(lambda request: [finished.set(), request.value][1])
     fabric.respond("large")(lambda request: np.arange(50_000))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -29,7 +30,7 @@ CONFIG = FabricConfig(
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_f01_publisher_and_subscriber_are_killed_and_every_record_is_handled_once(tmp_path: Path, seed: int) -> None:
+def test_f02_publisher_and_subscriber_are_killed_and_every_record_is_handled_once(tmp_path: Path, seed: int) -> None:
     happened = Round(tmp_path / "round", seed).play()
     assert happened["killed"] >= 3
     show(f"round {seed}: {happened}")
@@ -88,7 +89,7 @@ def test_f36_a_state_directory_that_others_may_enter_is_refused(state: Path) -> 
         alone(state)
 
 
-def test_state_has_one_owner_at_a_time(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_f26_state_has_one_owner_at_a_time(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fabric.joining.TAKEOVER_S", 0.05)
     with alone(state), pytest.raises(SpillLockedError):
         alone(state)
@@ -105,7 +106,7 @@ def test_a_member_whose_state_is_taken_goes_on_without_unless_it_named_a_directo
 # Durable topics.
 
 
-def test_what_is_published_survives_its_publisher_and_begins_where_the_cursor_stands(state: Path) -> None:
+def test_f07_what_is_published_survives_its_publisher_and_begins_where_the_cursor_stands(state: Path) -> None:
     with alone(state) as fabric:
         inbox = fabric.subscribe("jobs.**", name="worker", cursor={})
         publisher = fabric.publisher("jobs.a", policy="durable")
@@ -210,7 +211,7 @@ def test_nobody_waits_for_a_subscription_that_nobody_has_open(state: Path) -> No
 
 
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
-def test_f33_a_damaged_record_is_a_gap_and_its_neighbours_are_delivered(state: Path, where: str) -> None:
+def test_f34_a_damaged_record_is_a_gap_and_its_neighbours_are_delivered(state: Path, where: str) -> None:
     with alone(state) as fabric:
         fabric.subscribe("a", name="later").close()
         publisher = fabric.publisher("a", policy="durable")
@@ -230,6 +231,22 @@ def test_f33_a_damaged_record_is_a_gap_and_its_neighbours_are_delivered(state: P
         assert inbox.gaps == (Gap("rank-0", "a", life, hurt, hurt + 1, "gap"),)
 
 
+def test_f27_state_that_is_lost_is_an_open_gap_where_the_subscriber_stood(state: Path) -> None:
+    with alone(state) as fabric:
+        inbox = fabric.subscribe("a", name="worker", cursor={})
+        publisher = fabric.publisher("a", policy="durable")
+        for number in range(5):
+            publisher.publish(number)
+        take(inbox, 3)
+        saved, life = inbox.cursor(), fabric._engine.card.incarnation
+    shutil.rmtree(*state.glob("member-*"))
+    with alone(state) as fabric:
+        fabric.publisher("a", policy="durable").publish("new")
+        inbox = fabric.subscribe("a", name="worker", cursor=saved, start="retained")
+        until(lambda: list(inbox.drain()) or inbox.gaps, what="the gap")
+        assert inbox.gaps == (Gap("rank-0", "a", life, 3, None, "gap"),)
+
+
 # A worker that outlives its parent.
 
 
@@ -247,7 +264,7 @@ def publish_fork_and_wait(parent: Parent, state: str) -> None:
     parent.hear()
 
 
-def test_f34_a_successor_is_live_though_a_worker_of_the_killed_lives_on(state: Path) -> None:
+def test_f55_a_successor_is_live_though_a_worker_of_the_killed_lives_on(state: Path) -> None:
     with child(publish_fork_and_wait, state=str(state)) as victim:
         worker = victim.hear()["worker"]
         victim.signal(signal.SIGKILL)

@@ -12,7 +12,7 @@ import pytest
 
 from fabric import FabricConfig, Publisher, join
 from fabric.config import Liveness, Retention, Spill
-from fabric.errors import QueueFullError, SpillBrokenError, SpillFullError
+from fabric.errors import FabricError, QueueFullError, SpillBrokenError, SpillFullError
 from tests.harness.children import Parent, child, children, forget_peak, peak_bytes, resident_bytes
 from tests.harness.figures import show
 from tests.harness.waiting import until
@@ -112,6 +112,19 @@ def read_only_when_told(parent: Parent, spec: str, directory: str) -> None:
         parent.say(values=values)
 
 
+def publish_until_refused(publisher: Publisher, reason: type[Exception]) -> tuple[int, Exception]:
+    """Until the disk is to blame; how many were taken, and its words. A disk that is busy only holds up."""
+    taken = 0
+    while taken < 100_000:
+        try:
+            publisher.publish(taken.to_bytes(4, "little") + bytes(RECORD))
+            taken += 1
+        except QueueFullError as error:
+            if isinstance(error.__cause__, reason):
+                return taken, error.__cause__
+    raise AssertionError("the disk took everything")
+
+
 def test_f31_a_full_spill_holds_the_publisher_back_and_takes_nothing(tmp_path: Path) -> None:
     spec, disk = f"file://{tmp_path}/meeting", tmp_path / "disk"
     small = config_of(disk, bytes_max=24 * MIB, segment_bytes=4 * MIB)
@@ -121,12 +134,8 @@ def test_f31_a_full_spill_holds_the_publisher_back_and_takes_nothing(tmp_path: P
             publisher = fabric.publisher("flow.health", when_full="spill")
             publisher.wait_for_subscribers(1, timeout_s=30)
             reader.signal(signal.SIGSTOP)
-            taken = 0
-            with pytest.raises(QueueFullError) as caught:
-                while taken < 100_000:
-                    publisher.publish(taken.to_bytes(4, "little") + bytes(RECORD))
-                    taken += 1
-            assert isinstance(caught.value.__cause__, SpillFullError)
+            taken, refusal = publish_until_refused(publisher, SpillFullError)
+            assert isinstance(refusal, SpillFullError)
             assert 16 * MIB < taken * RECORD < 48 * MIB
             assert sum(path.stat().st_size for path in files(disk)) <= 24 * MIB
             reader.signal(signal.SIGCONT)
@@ -157,10 +166,8 @@ def test_f36_a_directory_that_others_may_enter_is_refused_and_said(tmp_path: Pat
         publisher = fabric.publisher("flow.health")
         publisher.wait_for_subscribers(1, timeout_s=30)
         reader.signal(signal.SIGSTOP)
-        with pytest.raises(QueueFullError) as caught:
-            for number in range(10_000):
-                publisher.publish(number.to_bytes(4, "little") + bytes(RECORD))
-        assert "0755" in str(caught.value.__cause__)
+        _, refusal = publish_until_refused(publisher, FabricError)
+        assert "0755" in str(refusal)
         assert files(disk) == []
         reader.signal(signal.SIGCONT)
         reader.tell()

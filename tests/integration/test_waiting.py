@@ -138,13 +138,16 @@ def test_two_ranks_that_request_each_other_from_their_loops_both_get_answers(tmp
         assert [one.exit_code() for one in everybody] == [0, 0]
 
 
-NAP_S = 5.0
-WATCHFUL = replace(FabricConfig(), liveness=Liveness(heartbeat_ms=200, suspect_s=2.0, down_s=4.0))
+NAP_S = 4.0
+WATCHFUL = replace(FabricConfig(), liveness=Liveness(heartbeat_ms=200, suspect_s=2.0, down_s=3.5))
 """A peer that stops its heartbeats during the nap is down before it ends."""
+SLEEPERS = {1: "thread", 2: "step"}
+"""Where the handlers of each rank run. Both nap at the same time."""
 
 
-def sleep_in_a_handler(parent: Parent, spec: str, handlers: str) -> None:
-    with join(replace(WATCHFUL, work=Work(handlers=handlers)), rank=1, world_size=2, rendezvous=spec) as fabric:
+def sleep_in_a_handler(parent: Parent, spec: str, rank: int) -> None:
+    config = replace(WATCHFUL, work=Work(handlers=SLEEPERS[rank]))
+    with join(config, rank=rank, world_size=3, rendezvous=spec) as fabric:
         handled = []
 
         @fabric.on("naps.**")
@@ -162,35 +165,37 @@ def sleep_in_a_handler(parent: Parent, spec: str, handlers: str) -> None:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("handlers", ["thread", "step"])
-def test_a_handler_that_sleeps_5_s_stops_no_heartbeat(tmp_path: Path, handlers: str) -> None:
+def test_a_handler_that_sleeps_for_seconds_stops_no_heartbeat(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}/cards"
     with (
-        child(sleep_in_a_handler, spec=spec, handlers=handlers) as sleeper,
-        join(WATCHFUL, rank=0, world_size=2, rendezvous=spec) as fabric,
+        children(*(child(sleep_in_a_handler, spec=spec, rank=rank) for rank in SLEEPERS)) as sleepers,
+        join(WATCHFUL, rank=0, world_size=3, rendezvous=spec) as fabric,
     ):
-        assert sleeper.hear()["ready"]
-        states = {fabric.peers["rank-1"].state}
-        before = fabric.publish("naps.first", b"good night")
-        assert before == 0
-        replies: list[object] = []
-        asking = threading.Thread(target=lambda: replies.append(fabric.request("how_many", to=1, timeout_s=30).value))
-
-        def is_answered() -> bool:
-            states.add(fabric.peers["rank-1"].state)
-            return bool(replies)
-
+        assert [sleeper.hear() for sleeper in sleepers] == [{"ready": True}] * 2
+        states: dict[str, set[str]] = {name: set() for name in fabric.peers}
+        assert fabric.publish("naps.first", b"good night") == 0
         # The record is in hand once it is not acknowledged while everything else is.
-        until(lambda: fabric.peers["rank-1"].lag == 1, what="the record on its way")
+        until(lambda: {peer.lag for peer in fabric.peers.values()} == {1}, what="the record on its way")
+        replies: dict[int, Any] = {}
+        asking = threading.Thread(target=lambda: replies.update(fabric.request_all("how_many", timeout_s=30)))
         asking.start()
-        until(is_answered, timeout_s=30, what="the answer")
+
+        def is_handled_and_answered() -> bool:
+            for name, peer in fabric.peers.items():
+                states[name].add(peer.state)
+            return bool(replies) and {peer.lag for peer in fabric.peers.values()} == {0}
+
+        until(is_handled_and_answered, timeout_s=30, what="the answers, and the ends of both naps")
         asking.join()
-        fabric.flush(timeout_s=20)
-        assert states <= {"joined", "up"}
-        assert replies[0] in (0, 1), "it was served before or after the nap, not instead of it"
-        assert fabric.request("how_many", to=1, timeout_s=20).value == 1, "others are served afterwards"
-        sleeper.tell()
-        assert sleeper.exit_code() == 0
+        assert set(states) == {"rank-1", "rank-2"}
+        assert set().union(*states.values()) <= {"joined", "up"}
+        assert set(replies) == set(SLEEPERS)
+        assert {reply.value for reply in replies.values()} <= {0, 1}, "served before or after the nap, not instead"
+        for rank in SLEEPERS:
+            assert fabric.request("how_many", to=rank, timeout_s=20).value == 1, "others are served afterwards"
+        for sleeper in sleepers:
+            sleeper.tell()
+        assert [sleeper.exit_code() for sleeper in sleepers] == [0, 0]
 
 
 def test_who_begins_to_wait_while_another_closes_is_told_that_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_no_frame_at_all_raises_or_makes_endless_work(frames: list[Any]) -> None
 
 @settings(max_examples=100)
 @given(attacks(forging=False))
-def test_a_hostile_member_delays_nobody_else(frames: list[Any]) -> None:
+def test_f24_a_hostile_member_delays_nobody_else(frames: list[Any]) -> None:
     link = a_fabric()
     for frame in frames:
         attack(link, frame)

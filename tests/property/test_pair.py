@@ -32,7 +32,7 @@ def trouble(link: Link, random: Random, loss: float) -> None:
 
 @settings(max_examples=80)
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 0.4]), st.booleans())
-def test_whatever_the_link_does_all_is_handled_once_and_in_order(seed: int, loss: float, small: bool) -> None:
+def test_f16_whatever_the_link_does_all_is_handled_once_and_in_order(seed: int, loss: float, small: bool) -> None:
     random = Random(seed)
     link = Link("a", "b", config=SMALL if small else None)
     link.subscribe("b", "t.*", start=Start.RETAINED)

@@ -85,7 +85,7 @@ def test_a_frame_with_changed_bytes_is_refused_or_well_formed(frame: bytes, at: 
 
 
 @given(st.sampled_from(GOLDEN), st.integers(0, 300), st.integers(1, 255))
-def test_no_single_changed_byte_goes_unseen(frame: bytes, at: int, flip: int) -> None:
+def test_f37_no_single_changed_byte_goes_unseen(frame: bytes, at: int, flip: int) -> None:
     at %= len(frame)
     changed = bytearray(frame)
     changed[at] ^= flip

@@ -42,6 +42,7 @@ CATCHES: dict[str, tuple[int, ...]] = {
     "rejoin_skips": (2, 0, 4),
     "joins_at_first_seen": (0, 7, 8),
     "hold_unbounded": (0, 4),
+    "holes_out_of_order": (38, 10),
     "newcomer_gives_way": (0, 8),
     "ranges_full_at_floor": (0, 4),
     "ranges_unbounded": (4, 8),

@@ -127,7 +127,7 @@ def test_who_cannot_be_reached_cannot_be_joined() -> None:
             world.join(2)
 
 
-def test_two_lives_of_one_member_leave_one() -> None:
+def test_f26_two_lives_of_one_member_leave_one() -> None:
     with World() as world:
         reader, zombie = world.join(1), world.join(0)
         reader.subscribe("losses")

@@ -49,6 +49,29 @@ def test_a_payload_is_complete_when_all_bytes_came_in_any_order() -> None:
         assert desk.told() == []
 
 
+def test_f75_what_there_was_no_memory_for_is_asked_for_again_after_a_while() -> None:
+    desk = Desk()
+    desk.fetching.begin(KEY, "a", 10, 99)
+    desk.fetching.on_chunk("a", KEY, 0, b"abcd")
+    desk.told()
+    desk.fetching.starve(KEY)
+    assert desk.told() == [BeginPayload(1, 5, 10)]
+    desk.fetching.on_chunk("a", KEY, 4, b"efghij")
+    assert desk.told() == [], "what is still on its way is in vain"
+    desk.context.now = desk.fetching.next_deadline_ns() - 1
+    desk.fetching.tick()
+    assert desk.told() == []
+    desk.context.now += 1
+    desk.fetching.tick()
+    assert desk.told() == [("a", 1, 5, 0, 10, 2)]
+    desk.fetching.on_chunk("a", KEY, 0, b"abcdefghij")
+    assert desk.told() == [PlaceChunk(1, 5, 0, b"abcdefghij"), FinishPayload(1, 5, 99)]
+    desk.fetching.on_checked(KEY, True)
+    desk.fetching.starve(KEY)
+    assert desk.told() == [], "it is here"
+    assert (desk.context.counts["out_of_memory"], desk.context.counts[Drop.NO_ROOM]) == (1, 1)
+
+
 def test_begun_twice_is_asked_for_once() -> None:
     desk = Desk()
     desk.fetching.begin(KEY, "a", 10, 99)

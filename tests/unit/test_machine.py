@@ -84,7 +84,7 @@ def test_a_greeting_under_a_false_number_or_our_own_name_changes_nothing() -> No
     assert link["a"].counts["zombies_told"] == 1
 
 
-def test_a_zombie_is_told_and_stops_publishing() -> None:
+def test_f26_a_zombie_is_told_and_stops_publishing() -> None:
     link = Link("a", "b")
     link.start("a", 2)
     link.introduce()

@@ -110,7 +110,7 @@ def test_an_impossible_registration_is_counted(fields: tuple[str, str]) -> None:
     assert link["a"].counts[Drop.SHAPE] == 1
 
 
-def test_the_registrations_of_a_peer_are_bounded() -> None:
+def test_f23_the_registrations_of_a_peer_are_bounded() -> None:
     link = Link("a", "b")
     core = link["a"].core
     for number in range(REGISTRATIONS_PER_PEER_MAX + 3):
@@ -212,7 +212,7 @@ def test_a_latest_topic_repairs_only_what_is_newest() -> None:
     assert link["b"].of(events.ReportGap) == []
 
 
-def test_a_lost_tail_is_told_by_a_marker_and_repaired() -> None:
+def test_f17_a_lost_tail_is_told_by_a_marker_and_repaired() -> None:
     link = listening()
     link.publish("a", "t")
     link.crank()
@@ -224,7 +224,7 @@ def test_a_lost_tail_is_told_by_a_marker_and_repaired() -> None:
     assert link["a"].counts["repaired_bytes"] > 0
 
 
-def test_a_lost_tail_is_told_by_heartbeats_even_if_every_marker_is_lost() -> None:
+def test_f18_a_lost_tail_is_told_by_heartbeats_even_if_every_marker_is_lost() -> None:
     link = listening()
     link.publish("a", "t")
     for _ in range(150):

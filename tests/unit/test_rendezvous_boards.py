@@ -351,7 +351,7 @@ def test_a_port_of_another_service_is_named(
         monkeypatch.setenv("MASTER_PORT", str(service.getsockname()[1]))
         place = open_rendezvous(rank=rank, world_size=2, job="training")
         with pytest.raises(error, match=reason):
-            place.meet(a_card(rank), timeout_s=2.0)
+            place.meet(a_card(rank), timeout_s=0.5)
         place.close()
 
 

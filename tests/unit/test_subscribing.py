@@ -274,7 +274,7 @@ def test_a_value_that_cannot_be_is_reported_with_its_reason(body: bytes, reason:
     assert (gap.first, gap.end, gap.reason) == (1, 2, reason)
 
 
-def test_a_value_that_changed_on_its_way_is_fetched_again_and_then_reported() -> None:
+def test_f37_a_value_that_changed_on_its_way_is_fetched_again_and_then_reported() -> None:
     link = listening()
     link.publish("a", "t", [0], payloads={0: bytes(5_000)})
     stored = out_of(link).owed[0]

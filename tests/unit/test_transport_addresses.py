@@ -146,7 +146,7 @@ def test_a_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch: pyt
         Site.choose("ipc", directory, "name", wildcard=False)
 
 
-def test_a_path_that_is_too_long_for_a_socket_is_refused_before_anything_is_bound(tmp_path: Path) -> None:
+def test_f64_a_path_that_is_too_long_for_a_socket_is_refused_before_anything_is_bound(tmp_path: Path) -> None:
     with pytest.raises(AddressError, match="too long"):
         Site.choose("ipc", tmp_path / ("x" * 100), "name", wildcard=False)
 

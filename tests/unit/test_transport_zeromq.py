@@ -174,7 +174,7 @@ def test_no_socket_is_left_to_the_defaults_of_libzmq(open_transport: Open) -> No
     assert t._context.get(zmq.MAX_SOCKETS) == 1024
 
 
-def test_a_port_is_that_of_control_and_taken_only_once(open_transport: Open) -> None:
+def test_f64_a_port_is_that_of_control_and_taken_only_once(open_transport: Open) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(AddressError, match="in use"):
