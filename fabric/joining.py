@@ -13,13 +13,14 @@ from fabric.core import events
 from fabric.core.members import Peer
 from fabric.core.wire import VERSION
 from fabric.engine.dispatch import Dispatcher
+from fabric.engine.lettering import Desk, LetterKeeper
 from fabric.engine.loop import Engine
 from fabric.engine.process import ProcessMembership, install_sigterm
 from fabric.engine.sleeping import ThreadedWaits
 from fabric.engine.storing import Storekeeper, ThreadedStore
 from fabric.errors import ConfigError, JoinTimeoutError, RendezvousError, VersionMismatchError, shortened
 from fabric.rendezvous import Card, announce, find, open_rendezvous, this_host, withdraw
-from fabric.storage.home import open_home, sweep
+from fabric.storage.home import open_home, open_letters, sweep
 from transports import Endpoints
 from transports.base import AddressError, SocketLimits
 from transports.zeromq import ZeroMQTransport
@@ -169,10 +170,18 @@ class Entry:
             lambda: open_home(self.config.spill, job, name, self.card.incarnation),
             time.time_ns,
         )
-        engine.store = ThreadedStore(engine, keeper)
+        engine.store = ThreadedStore(engine, Desk(keeper, self._letter_keeper(engine)))
         self._membership = ProcessMembership(engine, self.waits, self.leave)
         engine.on_connect = self._membership.remember
         self.waits.start(engine)
+
+    def _letter_keeper(self, engine: Engine) -> LetterKeeper:
+        card, config = engine.card, engine.config
+        keeper = LetterKeeper(
+            lambda: open_letters(config.spill, config.letters, card.job, card.name, card.incarnation), engine.clock
+        )
+        keeper.refused, keeper.lose = engine.letters.on_refused, engine.letters.lose
+        return keeper
 
     @property
     def engine(self) -> Engine:

@@ -15,13 +15,14 @@ plain iterator, since it never waits. `fabric.on` and `fabric.respond` take coro
 from __future__ import annotations
 
 from fabric.aio.client import Fabric, in_thread
+from fabric.aio.letters import DeadLetter, DeadLetters
 from fabric.aio.publisher import Publisher
 from fabric.aio.subscription import Subscription
 from fabric.config import FabricConfig
-from fabric.engine.dispatch import DeadLetter
 from fabric.engine.inbox import Gap
 from fabric.errors import FabricError
 from fabric.joining import Entry, enter_job, enter_rank
+from fabric.letters import RedriveReport
 from fabric.member import CloseReport, PeerInfo
 from fabric.message import Message, Reply, Request
 from fabric.payloads import register
@@ -29,6 +30,7 @@ from fabric.payloads import register
 __all__ = [
     "CloseReport",
     "DeadLetter",
+    "DeadLetters",
     "Fabric",
     "FabricConfig",
     "FabricError",
@@ -36,6 +38,7 @@ __all__ = [
     "Message",
     "PeerInfo",
     "Publisher",
+    "RedriveReport",
     "Reply",
     "Request",
     "Subscription",

@@ -32,14 +32,14 @@ from fabric.errors import (
     LetterStoreLockedError,
 )
 from fabric.storage.disk import OS_DISK, Directory, DiskFile
-from fabric.storage.letter_rows import COLUMNS, SCHEMA, LetterRow, from_row, to_row
+from fabric.storage.letter_rows import COLUMNS, LETTERS_LOCK, SCHEMA, LetterRow, from_row, to_row
 from fabric.storage.salvage import PAGE_BYTES, is_head_sound, rows_in
 
-__all__ = ["ASIDE", "DATABASE", "LETTERS_LOCK", "DeadLetterStore"]
+__all__ = ["ASIDE", "DATABASE", "DeadLetterStore"]
 
 log = logging.getLogger("fabric.storage")
 
-DATABASE, NEW, ASIDE, LETTERS_LOCK = "letters.db", "letters.new", "letters.damaged", "letters.lock"
+DATABASE, NEW, ASIDE = "letters.db", "letters.new", "letters.damaged"
 _JOURNAL = "-journal"
 _SELECT = f'SELECT {", ".join(COLUMNS[:-1])}, "sum" FROM letters'
 _INSERT = f"INSERT INTO letters VALUES ({', '.join('?' * len(COLUMNS))})"
@@ -238,15 +238,25 @@ class DeadLetterStore:
                 connection.execute("ROLLBACK")
             raise
 
+    def refusal(self, letter: LetterRow) -> LetterStoreFullError | None:
+        """Which ceiling leaves no room for a letter or notice; None if there is room."""
+        limits = self._limits
+        if letter.kind != "notice" and len(self) >= limits.rows_max:
+            return self._full(f"{limits.rows_max} letters")
+        if self.bytes + letter.bytes > limits.bytes_max:
+            return self._full(f"{limits.bytes_max} bytes")
+        return None
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._sizes
+
     def add(self, letter: LetterRow) -> None:
         """Keep a letter, or a notice. Raises `LetterStoreFullError` at a ceiling, and other `LetterStoreError`s."""
-        connection, limits = self._ready(), self._limits
+        connection, refusal = self._ready(), self.refusal(letter)
+        if refusal is not None:
+            raise refusal
         if letter.kind == "notice":
             self._make_room_for_notice()
-        elif len(self) >= limits.rows_max:
-            raise self._full(f"{limits.rows_max} letters")
-        if self.bytes + letter.bytes > limits.bytes_max:
-            raise self._full(f"{limits.bytes_max} bytes")
         with self._translated():
             connection.execute(_INSERT, to_row(letter))
         self._sizes[letter.id] = letter.bytes

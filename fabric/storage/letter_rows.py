@@ -9,8 +9,10 @@ from typing import Any
 import msgpack
 from xxhash import xxh3_64_intdigest
 
-__all__ = ["COLUMNS", "OVERHEAD_BYTES", "SCHEMA", "LetterKey", "LetterRow", "from_row", "to_row"]
+__all__ = ["COLUMNS", "LETTERS_LOCK", "OVERHEAD_BYTES", "SCHEMA", "LetterKey", "LetterRow", "from_row", "to_row"]
 
+LETTERS_LOCK = "letters.lock"
+"""Held by who has the store; who sweeps looks for it, and needs no SQLite."""
 LetterKey = tuple[str, str, int, str, int]
 """Subscription, source, incarnation, topic, offset: a record becomes one letter of a subscription, once."""
 OVERHEAD_BYTES = 512

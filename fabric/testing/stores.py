@@ -7,13 +7,18 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 from fabric.core.disk import LoadRecords, RecordsExpired
+from fabric.engine.lettering import Desk, LetterKeeper
 from fabric.engine.loop import Engine
 from fabric.engine.storing import Outcome, Storekeeper, Wish
 from fabric.errors import SpillError
 from fabric.storage.spill import SpillLog
 from fabric.testing.disks import FakeDisk
+
+if TYPE_CHECKING:
+    from fabric.storage.dead_letters import DeadLetterStore
 
 __all__ = ["DiskPlan", "WorldStore"]
 
@@ -40,7 +45,9 @@ class WorldStore:
         self.disk = FakeDisk()
         self.is_harmed = False
         """Whether it was ever damaged: only then may it lose what it took."""
-        self._keeper = Storekeeper(engine.card.incarnation, self._open, engine.wall_ns)
+        letters = LetterKeeper(self._open_letters, engine.clock)
+        letters.refused, letters.lose = engine.letters.on_refused, engine.letters.lose
+        self._keeper = Desk(Storekeeper(engine.card.incarnation, self._open, engine.wall_ns), letters)
         self._wishes: deque[tuple[int, Wish]] = deque()
 
     def _open(self) -> SpillLog:
@@ -54,6 +61,11 @@ class WorldStore:
             identity=lambda size: rng.getrandbits(8 * size).to_bytes(size, "little"),
         )
 
+    def _open_letters(self) -> DeadLetterStore:
+        from fabric.storage.dead_letters import DeadLetterStore
+
+        return DeadLetterStore.open(None, self._engine.config.letters, durable=False)
+
     @property
     def error(self) -> SpillError | None:
         """Why the last write was refused; None if it was not."""
@@ -65,8 +77,9 @@ class WorldStore:
         self._wishes.append((max(due_ns, self._wishes[-1][0] if self._wishes else 0), wish))
 
     def next_due_ns(self) -> int | None:
-        """When it is done with something next."""
-        return self._wishes[0][0] if self._wishes else None
+        """When it is done with something next, or tries again what it refused."""
+        dues = (self._wishes[0][0] if self._wishes else None, self._keeper.letters.due_ns)
+        return min((due for due in dues if due is not None), default=None)
 
     def work(self, now_ns: int) -> bool:
         """Be done with what is due; whether there was something."""
@@ -76,7 +89,14 @@ class WorldStore:
         for outcome in self._done(due):
             self.is_harmed |= isinstance(outcome, RecordsExpired)
             self._engine.submit(outcome)
-        return bool(due)
+        return bool(due) or self._try_again(now_ns)
+
+    def _try_again(self, now_ns: int) -> bool:
+        letters = self._keeper.letters
+        due = letters.due_ns is not None and letters.due_ns <= now_ns
+        if due:
+            letters.work(())
+        return due
 
     def _done(self, wishes: list[Wish]) -> list[Outcome]:
         if wishes and self._rng.random() < self._plan.refusals:
