@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from fabric.client import Fabric
 from fabric.config import FabricConfig
@@ -20,6 +21,7 @@ from fabric.engine.sleeping import ThreadedWaits
 from fabric.engine.storing import Storekeeper, ThreadedStore
 from fabric.errors import ConfigError, JoinTimeoutError, RendezvousError, VersionMismatchError, shortened
 from fabric.rendezvous import Card, announce, find, open_rendezvous, this_host, withdraw
+from fabric.storage.hand_page import HandPage
 from fabric.storage.home import open_home, open_letters, sweep
 from transports import Endpoints
 from transports.base import AddressError, SocketLimits
@@ -27,6 +29,8 @@ from transports.zeromq import ZeroMQTransport
 
 __all__ = ["Entry", "enter_job", "enter_rank", "join", "observe"]
 
+LETTERS_S = 30.0
+"""How long a join waits for the letters of an earlier life: 256 MiB are read and verified, from a slow disk."""
 FEEDS_FOLLOWED_MAX = 65_536
 """Feeds that one member may follow at once: each is a subscribed prefix."""
 
@@ -137,6 +141,9 @@ def _the_job(job: str | None, config: FabricConfig) -> list[Card]:
 class Entry:
     """A member in the making; its face is put on it last."""
 
+    letters_directory: Path | None = None
+    """Where dead letters, and what is in hand, outlive this process; None: they end with it."""
+
     def __init__(self, config: FabricConfig) -> None:
         self.config = config
         self.leave: list[Callable[[], None]] = []
@@ -174,14 +181,28 @@ class Entry:
         self._membership = ProcessMembership(engine, self.waits, self.leave)
         engine.on_connect = self._membership.remember
         self.waits.start(engine)
+        if self.letters_directory is not None:
+            self._read_letters()
 
     def _letter_keeper(self, engine: Engine) -> LetterKeeper:
-        card, config = engine.card, engine.config
+        card, config, where = engine.card, engine.config, self.letters_directory
         keeper = LetterKeeper(
-            lambda: open_letters(config.spill, config.letters, card.job, card.name, card.incarnation), engine.clock
+            lambda: open_letters(config.spill, config.letters, card.job, card.name, card.incarnation, where),
+            engine.clock,
+            open_page=None if where is None else lambda: HandPage.open(where),
         )
         keeper.refused, keeper.lose = engine.letters.on_refused, engine.letters.lose
         return keeper
+
+    def _read_letters(self) -> None:
+        """What an earlier life left; nothing is handled before it is known."""
+        letters = self.engine.letters
+        letters.load()
+        if not self.engine.until(lambda: letters.is_ready or letters.error is not None, LETTERS_S):
+            state = f"reading {self.letters_directory}"
+            raise JoinTimeoutError("dead letters were not read", waited_s=LETTERS_S, state=state)
+        if letters.error is not None:
+            raise letters.error
 
     @property
     def engine(self) -> Engine:

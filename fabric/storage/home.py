@@ -52,12 +52,17 @@ def open_home(limits: Spill, job: str, name: str, incarnation: int, *, disk: Dis
     return SpillLog.open(path, limits, disk=disk, incarnation=incarnation)
 
 
-def open_letters(limits: Spill, letters: Letters, job: str, name: str, incarnation: int) -> DeadLetterStore:
-    """The dead letters of one life of a member, beside its log. Raises as `DeadLetterStore.open`."""
+def open_letters(
+    limits: Spill, letters: Letters, job: str, name: str, incarnation: int, directory: Path | None = None
+) -> DeadLetterStore:
+    """The dead letters of one life of a member, beside its log; or those of all its lives, in a given directory.
+
+    Raises as `DeadLetterStore.open`.
+    """
     from fabric.storage.dead_letters import DeadLetterStore  # only who has a letter needs SQLite
 
-    path = _private(limits, "letters", job, name, incarnation, OS_DISK)
-    return DeadLetterStore.open(path, letters, durable=False)
+    path = directory or _private(limits, "letters", job, name, incarnation, OS_DISK)
+    return DeadLetterStore.open(path, letters, durable=directory is not None)
 
 
 def _private(limits: Spill, kind: str, job: str, name: str, incarnation: int, disk: Disk) -> Path:

@@ -68,8 +68,8 @@ def test_a_flipped_byte_costs_at_most_the_letters_of_its_page(
     rng = Random(f"flips {part}")
     places = {
         "head": [*range(0, HEAD_BYTES, 3)],
-        "first page": [rng.randrange(HEAD_BYTES, PAGE_BYTES) for _ in range(40)],
-    }.get(str(part)) or [rng.randrange(PAGE_BYTES, len(data)) for _ in range(40)]
+        "first page": [rng.randrange(HEAD_BYTES, PAGE_BYTES) for _ in range(25)],
+    }.get(str(part)) or [rng.randrange(PAGE_BYTES, len(data)) for _ in range(25)]
     caplog.set_level(logging.CRITICAL, logger="fabric.storage")
     for at in places:
         damaged = bytearray(data)
