@@ -122,7 +122,8 @@ class Fabric(Member[Publisher]):
 
         def decorate(function: Function) -> Function:
             inbox = self._open(pattern, start, "reliable", None)
-            self._dispatcher.add(function, inbox, pattern, attempts, parks=parks)
+            name = self._engine.letters.claim(pattern)
+            self._dispatcher.add(function, inbox, name, attempts, parks=parks)
             return function
 
         return decorate

@@ -191,7 +191,7 @@ class Entry:
             engine.clock,
             open_page=None if where is None else lambda: HandPage.open(where),
         )
-        keeper.refused, keeper.lose = engine.letters.on_refused, engine.letters.lose
+        keeper.refused, keeper.damaged = engine.letters.on_refused, engine.letters.on_damaged
         return keeper
 
     def _read_letters(self) -> None:

@@ -118,18 +118,22 @@ class DeadLetters(Generic[L]):
         self,
         engine: Engine,
         run: Callable[[Steps[Any]], Any],
-        wanted: Callable[[LetterRow], bool] = lambda facts: True,
+        wanted: Callable[[LetterRow], bool] | None = None,
     ) -> None:
         self._engine, self._run, self._letters, self._wanted = engine, run, engine.letters, wanted
 
     def __len__(self) -> int:
-        return sum(map(self._wanted, self._letters.all()))
+        return self._letters.count if self._wanted is None else len(self._rows())
 
     def __iter__(self) -> Iterator[L]:
-        return map(self._show, filter(self._wanted, self._letters.all()))
+        return map(self._show, self._rows())
+
+    def _rows(self) -> list[LetterRow]:
+        rows = self._letters.all()
+        return rows if self._wanted is None else list(filter(self._wanted, rows))
 
     def __getitem__(self, index: int) -> L:
-        found: L = self._show([facts for facts in self._letters.all() if self._wanted(facts)][index])
+        found: L = self._show(self._rows()[index])
         return found
 
     def select(self, *, topic: str = "**", reason: str | None = None, source: str | None = None) -> DeadLetters[L]:
@@ -141,7 +145,7 @@ class DeadLetters(Generic[L]):
 
         def is_wanted(facts: LetterRow) -> bool:
             return (
-                wanted(facts)
+                (wanted is None or wanted(facts))
                 and pattern.matches(facts.topic)
                 and reason in (None, facts.reason)
                 and source in (None, facts.source)

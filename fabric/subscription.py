@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fabric.core import events
 from fabric.core.wire import TOMBSTONE, Drop
 from fabric.engine.inbox import Gap, Hand, Inbox
-from fabric.engine.letters import Burial
+from fabric.engine.letter_forms import Burial
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import ClosedError, PayloadError, ReceiveTimeoutError, WrongThreadError
 from fabric.message import HeldMessage, Message, RedrivenFeed, plain_messages
@@ -63,7 +63,8 @@ class SubscriptionBase:
         """Held to settle by hand: the storage thread does it too, for a letter that it has written."""
         self._verdicts: dict[tuple[object, int], deque[_Verdict]] = {}
         """Of each lane the oldest message that becomes a letter just now, and those behind it: they settle in order."""
-        self._name = engine.letters.claim(pattern, inbox)
+        self._name = engine.letters.claim(pattern)
+        engine.letters.bind(self._name, inbox)
         self._closed = False
         self.bytes_received = self.messages_received = 0
 

@@ -135,17 +135,21 @@ class Fabric(Member[LoopOutbox]):
         def decorate(function: Function) -> Function:
             self._driver.check()
             self._engine.require_open()
-            steps = self._opening(pattern, start, "reliable", None)
-            self._opened.append(self._driver.loop.create_task(self._add(steps, function, pattern, attempts, parks)))
+            steps, name = self._opening(pattern, start, "reliable", None), self._engine.letters.claim(pattern)
+            self._opened.append(self._driver.loop.create_task(self._add(steps, function, name, attempts, parks)))
             return function
 
         return decorate
 
     async def _add(
-        self, steps: Steps[Inbox], function: Callable[..., Any], pattern: str, attempts: int, parks: bool
+        self, steps: Steps[Inbox], function: Callable[..., Any], name: str, attempts: int, parks: bool
     ) -> None:
-        inbox = await self._driver.run(steps)
-        self._dispatcher.add(function, inbox, pattern, attempts, parks=parks)
+        try:
+            inbox = await self._driver.run(steps)
+        except BaseException:
+            self._engine.letters.release(name)
+            raise
+        self._dispatcher.add(function, inbox, name, attempts, parks=parks)
 
     async def _confirm(self) -> None:
         """What `on` began is done."""

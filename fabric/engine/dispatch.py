@@ -23,7 +23,7 @@ from fabric.core import events
 from fabric.core.wire import ADDRESSED, TOMBSTONE, Drop, checksum_of, encode_descriptor
 from fabric.engine.fuse import Fuse
 from fabric.engine.inbox import Hand, Inbox
-from fabric.engine.letters import Burial
+from fabric.engine.letter_forms import Burial
 from fabric.errors import FabricError, PayloadError
 from fabric.message import Message, RedrivenFeed, Request, TriedMessage
 from fabric.payloads import plan
@@ -138,10 +138,11 @@ class Dispatcher:
                 self._take_request(*engine.early.pop(0))
 
     def add(
-        self, function: Callable[[Message], object], inbox: Inbox, pattern: str, attempts: int, *, parks: bool
+        self, function: Callable[[Message], object], inbox: Inbox, name: str, attempts: int, *, parks: bool
     ) -> None:
-        """Run a function for each message of an inbox."""
-        name, fuse = self.engine.letters.claim(pattern, inbox), Fuse(self.engine.config.letters)
+        """Run a function for each message of an inbox. `name`: as `Letters.claim` gave it."""
+        fuse = Fuse(self.engine.config.letters)
+        self.engine.letters.bind(name, inbox)
         self._handlers.append(Handler(function, inbox, name, attempts, parks=parks, fuse=fuse))
         self._start()
 

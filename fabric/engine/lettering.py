@@ -82,8 +82,8 @@ class LoadLetters(LetterWish):
 class LetterKeeper:
     """Does what is asked for with the store, which begins with the first wish. Not thread-safe.
 
-    `open_store` is called where it is used; `open_page` too, if letters outlive this process. `lose` is told which
-    letters damage took, `refused` why a write waits, and None when writes are taken again.
+    `open_store` is called where it is used; `open_page` too, if letters outlive this process. `damaged` is told of
+    every damage, and which letters it took; `refused` why a write waits, and None when writes are taken again.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class LetterKeeper:
         self._store: DeadLetterStore | None = None
         self._waiting: list[LetterWish] = []
         self._retry_ns = 0
-        self.lose: Callable[[list[int]], None] = lambda numbers: None
+        self.damaged: Callable[[list[int]], None] = lambda numbers: None
         self.refused: Callable[[FabricError | None], None] = lambda error: None
         self.error: FabricError | None = None
 
@@ -134,6 +134,8 @@ class LetterKeeper:
     def _opened(self) -> DeadLetterStore:
         if self._store is None:
             self._store = self._open_store()
+            if self._store.damages:
+                self.damaged([])
         return self._store
 
     def _mend(self, store: DeadLetterStore, error: LettersDamagedError) -> None:
@@ -143,8 +145,7 @@ class LetterKeeper:
                 raise error
         finally:
             lost, store.lost = store.lost, []
-            if lost:
-                self.lose(lost)
+            self.damaged(lost)
 
     def _commit(self, store: DeadLetterStore, batch: Sequence[LetterWish]) -> tuple[set[int], FabricError | None]:
         """Which of them are done, and why others wait: behind a letter that has no room, no other is written."""
@@ -153,7 +154,7 @@ class LetterKeeper:
         with store.transaction():
             for at, wish in enumerate(batch):
                 if isinstance(wish, WriteLetter):
-                    missing = refusal or store.refusal(wish.letter)
+                    missing = store.refusal(wish.letter) or (None if _is_notice(wish) else refusal)
                     if missing is None:
                         store.add(wish.letter)
                     elif not _is_notice(wish):
@@ -212,7 +213,11 @@ class LetterKeeper:
             page = self._open_page() if self._open_page is not None else None
         except FabricError as error:
             log.error("what was in hand when the last life ended cannot be counted: %s", error)
-        wish.then(self._opened().letters(), page)
+        try:
+            wish.then(self._opened().letters(), page)
+        except FabricError as error:
+            self._note(error)
+            self._waiting.append(wish)
 
     def close(self) -> None:
         """What lies in a store of this life alone is not needed any more, and that is said."""

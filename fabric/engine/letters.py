@@ -15,10 +15,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 from fabric.core import events
-from fabric.core.wire import ADDRESSED, HAS_METADATA, NONE, Burst, Drop, checksum_of, encode_burst
+from fabric.core.wire import Drop
+from fabric.engine.letter_forms import Burial, cut_text, letter_of, message_of, notice_of
 from fabric.engine.lettering import (
     ChangeLetter,
     LetterWish,
@@ -32,26 +33,26 @@ from fabric.message import Message, RedrivenFeed
 from fabric.storage.letter_rows import LetterKey, LetterRow
 
 if TYPE_CHECKING:
-    from fabric.core.lanes import InboundFeed
     from fabric.engine.inbox import Inbox
     from fabric.engine.loop import Engine
     from fabric.storage.hand_page import HandPage
 
-__all__ = ["Burial", "Letters"]
+__all__ = ["Letters"]
 
 log = logging.getLogger("fabric.handlers")
 
+_COUNTS = (
+    "dead_letters",
+    "letters_refused",
+    "letters_redriven",
+    "letters_died_again",
+    "letters_discarded",
+    "letters_lost",
+    "letter_stores_damaged",
+    "handlers_paused",
+)
 LetterLane = tuple[str, str, str, int]
 """Subscription, source, topic, seed."""
-
-
-class Burial(NamedTuple):
-    """Why a message is buried."""
-
-    reason: str
-    detail: str
-    attempts: int
-    parked: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -76,15 +77,16 @@ class Letters:
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._limits = engine, engine.config.letters
+        engine.counts.update(dict.fromkeys(_COUNTS, 0))  # several threads count: no key may appear while one looks
         self._lock = threading.Lock()
         self._next = 1
         self._entries: dict[int, _Entry] = {}
         self._notices: deque[LetterRow] = deque(maxlen=self._limits.notices_max)
         self._lanes: dict[LetterLane, dict[int, None]] = {}
         """The letters of each parked lane, oldest first, those included that are being written."""
-        self._takers: dict[str, Inbox] = {}
+        self._takers: dict[str, Inbox | None] = {}
         self._queue: deque[int] = deque()
-        self._sent_bytes = self._sent = self._tickets = 0
+        self._sent_bytes = self._sent = self._tickets = self._written = 0
         self.earlier: dict[LetterKey, str] = {}
         self.page: HandPage | None = None
         self.is_ready = True
@@ -96,15 +98,22 @@ class Letters:
 
     # Names.
 
-    def claim(self, pattern: str, inbox: Inbox) -> str:
-        """The name under which letters of a handler or subscription are kept: its pattern, and a number if needed."""
+    def claim(self, pattern: str) -> str:
+        """A name for the letters of a handler or subscription: its pattern, and a number if another one has it.
+
+        The same program gets the same names in its next life: ask in the order of the program.
+        """
         with self._lock:
             name, number = pattern, 1
             while name in self._takers:
                 number += 1
                 name = f"{pattern}#{number}"
-            self._takers[name] = inbox
+            self._takers[name] = None
         return name
+
+    def bind(self, name: str, inbox: Inbox) -> None:
+        """Letters of this name come again here."""
+        self._takers[name] = inbox
 
     def release(self, name: str) -> None:
         """It takes nothing any more; what was on its way to it stays a letter."""
@@ -128,31 +137,7 @@ class Letters:
 
     def bury(self, message: Message, name: str, why: Burial, then: Callable[[], None]) -> None:
         """Write a letter, and call `then` on the storage thread when it is written; until then its lane waits."""
-        burst, row, limits = message._burst, message._row, self._limits
-        blob = message._blob()
-        facts = LetterRow(
-            id=0,
-            kind="letter",
-            subscription=name,
-            source=message.source,
-            incarnation=message.incarnation,
-            topic=message.topic,
-            seed=message.seed,
-            sequence=message.sequence,
-            first=message.offset,
-            end=message.offset + 1,
-            reason=str(why.reason),
-            detail=_text(why.detail, limits.detail_bytes_max),
-            attempts=why.attempts,
-            parked=why.parked,
-            published_ns=message.published_ns,
-            buried_ns=self._engine.wall_ns(),
-            value_kind=burst.columns[2][row] & ~ADDRESSED,
-            size=blob.nbytes,
-            checksum=checksum_of(blob),
-            metadata=burst.metadata(row),
-            value=bytes(blob[: limits.record_bytes_max]),
-        )
+        facts = letter_of(message, name, why, self._limits, self._engine.wall_ns())
         with self._lock:
             facts = self._number(facts)
             entry = self._entries[facts.id] = _entry_of(facts, written=False)
@@ -163,6 +148,7 @@ class Letters:
         def on_written() -> None:
             with self._lock:
                 entry.written = True
+                self._written += 1
             self._engine.counts["dead_letters"] += 1
             then()
             self._follow(entry.facts)
@@ -175,33 +161,15 @@ class Letters:
 
     def notice(self, command: events.ReportGap) -> None:
         """Note records that were lost without a letter. Under the engine's lock; nobody waits for it."""
-        facts = LetterRow(
-            id=0,
-            kind="notice",
-            subscription=next((name for name, box in self._takers.items() if box.number == command.subscription), ""),
-            source=command.source,
-            incarnation=command.incarnation,
-            topic=command.topic,
-            seed=-1,
-            sequence=-1,
-            first=command.first,
-            end=-1 if command.end is None else command.end,
-            reason=str(command.reason),
-            detail="",
-            attempts=0,
-            parked=False,
-            published_ns=0,
-            buried_ns=self._engine.wall_ns(),
-            value_kind=0,
-            size=0,
-            checksum=0,
-            metadata=b"",
-            value=b"",
-        )
+        facts = notice_of(command, self._name_of(command.subscription), self._engine.wall_ns())
         with self._lock:
             facts = self._number(facts)
             self._notices.append(facts)
         self._engine.store.ask(WriteLetter(facts, lambda: None))
+
+    def _name_of(self, number: int) -> str:
+        takers = self._takers.copy().items()
+        return next((name for name, inbox in takers if inbox is not None and inbox.number == number), "")
 
     # An earlier life.
 
@@ -211,13 +179,16 @@ class Letters:
         self._ask(LoadLetters(self._on_loaded))
 
     def _on_loaded(self, rows: Iterable[LetterRow], page: HandPage | None) -> None:
+        entries = [_entry_of(facts) for facts in rows]  # before the lock: it may be long, and the driver takes it, too
         with self._lock:
-            for facts in rows:
+            for entry in entries:
+                facts = entry.facts
                 self._next = max(self._next, facts.id + 1)
                 if facts.kind == "notice":
                     self._notices.append(facts)
                     continue
-                self._entries[facts.id] = _entry_of(facts)
+                self._entries[facts.id] = entry
+                self._written += 1
                 self.earlier[facts.key] = facts.reason
                 if facts.parked:
                     self._lanes.setdefault(_lane_of(facts), {})[facts.id] = None
@@ -230,18 +201,27 @@ class Letters:
         if error is not None:
             self._engine.counts["letters_refused"] += 1
 
-    def lose(self, numbers: Iterable[int]) -> None:
-        """Damage took these letters."""
+    def on_damaged(self, numbers: Iterable[int]) -> None:
+        """The store was damaged, and mended; these letters are lost."""
+        self._engine.counts["letter_stores_damaged"] += 1
+        self._lose(numbers)
+
+    def _lose(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             with self._lock:
                 entry = self._remove(number)
                 if entry is not None:
                     self._return(entry)
             if entry is not None:
-                self._engine.counts["letters_damaged"] += 1
+                self._engine.counts["letters_lost"] += 1
                 self._follow(entry.facts)
 
     # Looking.
+
+    @property
+    def count(self) -> int:
+        """How many letters are written."""
+        return self._written
 
     def all(self) -> list[LetterRow]:
         """The letters that are written, oldest first, without their values."""
@@ -298,7 +278,7 @@ class Letters:
             return "it is on its way already"
         if not entry.whole:
             return "its value was too large to be kept whole"
-        if entry.facts.subscription not in self._takers:
+        if self._takers.get(entry.facts.subscription) is None:
             return "nobody here handles its pattern"
         if entry.facts.parked and number not in first[_lane_of(entry.facts)]:
             return "an older letter of its lane goes first"
@@ -323,8 +303,9 @@ class Letters:
             self._enqueue(number)
 
     def _enqueue(self, number: int) -> None:
-        self._entries[number].queued = True
-        self._queue.append(number)
+        if not self._entries[number].queued:
+            self._entries[number].queued = True
+            self._queue.append(number)
 
     def _pump(self) -> None:
         """Send for letters, as many as may be on their way."""
@@ -333,7 +314,7 @@ class Letters:
         with self._lock:
             while self._queue and self._sent < limits.redriven_at_once_max:
                 entry = self._entries.get(self._queue[0])
-                if entry is not None and entry.asked:
+                if entry is not None and entry.asked and not entry.sent:
                     if self._sent and self._sent_bytes + entry.facts.size > limits.redriven_bytes_max:
                         break
                     self._tickets += 1
@@ -356,11 +337,11 @@ class Letters:
                 if entry is not None and inbox is not None and isinstance(row, FabricError):
                     self._return(entry)
             if isinstance(row, LettersDamagedError):
-                self.lose([number])
+                self._lose([number])
             elif isinstance(row, FabricError):
                 log.warning("letter %d is not redriven: %s", number, row)
             elif inbox is not None:
-                inbox.items.append(_deliver(row, inbox.number))
+                inbox.items.append(message_of(row, inbox.number))
         self._engine.on_progress()
 
     def settled(self, event: object) -> None:
@@ -386,7 +367,7 @@ class Letters:
             entry = self._entries.get(feed.letter)
             if entry is None:
                 return
-            detail = _text(why.detail, self._limits.detail_bytes_max)
+            detail = cut_text(why.detail, self._limits.detail_bytes_max)
             attempts = entry.facts.attempts + why.attempts
             entry.facts = replace(entry.facts, reason=str(why.reason), detail=detail, attempts=attempts)
         self._engine.counts["letters_died_again"] += 1
@@ -409,6 +390,8 @@ class Letters:
 
     def _remove(self, number: int) -> _Entry | None:
         entry = self._entries.pop(number, None)
+        if entry is not None:
+            self._written -= entry.written
         if entry is not None and entry.facts.parked:
             lane = _lane_of(entry.facts)
             self._lanes[lane].pop(number, None)
@@ -430,7 +413,9 @@ class Letters:
     def _follows(self, entry: _Entry) -> bool:
         if entry.sent or entry.queued or not entry.written:
             return False
-        waited = entry.facts.reason == Drop.PARKED and entry.whole and entry.facts.subscription in self._takers
+        waited = (
+            entry.facts.reason == Drop.PARKED and entry.whole and self._takers.get(entry.facts.subscription) is not None
+        )
         return entry.asked or waited
 
     # Asking.
@@ -441,6 +426,13 @@ class Letters:
             if not engine.closed and engine.broken is None:
                 for wish in wishes:
                     engine.store.ask(wish)
+
+    def close(self) -> None:
+        """The process goes on without us: what is in hand now did not kill it."""
+        page, self.page = self.page, None
+        if page is not None:
+            page.clear()
+            page.close()
 
     def abandon(self) -> None:
         """In a forked child: nothing of it is ours."""
@@ -466,20 +458,3 @@ def _prefix(entries: dict[int, _Entry], letters: Iterable[int], wanted: set[int]
             break
         found.add(number)
     return found
-
-
-def _text(text: str, most: int) -> str:
-    """What can be written, and no more of it."""
-    return text.encode("utf-8", "replace")[:most].decode("utf-8", "ignore")
-
-
-def _deliver(row: LetterRow, number: int) -> events.Deliver:
-    feed: Any = RedrivenFeed(row.id, number, row.source, row.topic, row.incarnation, row.first, parked=row.parked)
-    metadata = [row.metadata] if row.metadata else None
-    lane = [row.seed], [row.sequence], [NONE]
-    frame = encode_burst(
-        0, row.incarnation, row.first, row.published_ns, *lane, [row.value_kind], [row.value], metadata
-    )
-    flags = HAS_METADATA if metadata else 0
-    burst = Burst(frame, 0, row.incarnation, row.first, 1, flags, row.published_ns)
-    return events.Deliver(number, cast("InboundFeed", feed), burst, None, burst.size)

@@ -447,4 +447,5 @@ class Engine:
             self.closed = True
             self.transport.close(linger_s)
         self.store.close()
+        self.letters.close()
         self.on_progress()

@@ -57,6 +57,8 @@ class DeadLetterStore:
         self._thread = threading.get_ident()
         self._sizes: dict[int, int] = {}
         self._notices: dict[int, None] = {}
+        self._undo: list[tuple[int, int | None, bool]] = []
+        """What this transaction has changed: of each row the size before, and whether it was a notice."""
         self.bytes = 0
         """Of all rows, as `LetterRow.bytes` counts them."""
         self.damages = 0
@@ -225,7 +227,7 @@ class DeadLetterStore:
     def transaction(self) -> Iterator[None]:
         """What is changed in here is on disk when it ends, or nothing of it. Raises `LetterStoreError`s."""
         connection = self._ready()
-        before = self._sizes.copy(), self._notices.copy(), self.bytes
+        self._undo.clear()
         try:
             with self._translated():
                 connection.execute("BEGIN IMMEDIATE")
@@ -233,7 +235,8 @@ class DeadLetterStore:
             with self._translated():
                 connection.execute("COMMIT")
         except BaseException:
-            self._sizes, self._notices, self.bytes = before
+            for number, size, is_notice in [*reversed(self._undo)]:
+                self._take(number, size, is_notice=is_notice)
             with contextlib.suppress(sqlite3.Error):  # the first error counts; a broken connection has none open
                 connection.execute("ROLLBACK")
             raise
@@ -259,10 +262,19 @@ class DeadLetterStore:
             self._make_room_for_notice()
         with self._translated():
             connection.execute(_INSERT, to_row(letter))
-        self._sizes[letter.id] = letter.bytes
-        self.bytes += letter.bytes
-        if letter.kind == "notice":
-            self._notices[letter.id] = None
+        self._take(letter.id, letter.bytes, is_notice=letter.kind == "notice")
+
+    def _take(self, number: int, size: int | None, *, is_notice: bool) -> int | None:
+        """Count a row as so large, or as none; what it was before."""
+        before = self._sizes.pop(number, None)
+        self._undo.append((number, before, number in self._notices))
+        self._notices.pop(number, None)
+        self.bytes += (size or 0) - (before or 0)
+        if size is not None:
+            self._sizes[number] = size
+            if is_notice:
+                self._notices[number] = None
+        return before
 
     def _make_room_for_notice(self) -> None:
         while len(self._notices) >= self._limits.notices_max:
@@ -277,17 +289,13 @@ class DeadLetterStore:
         if self.remove(letter.id):
             with self._translated():
                 self._ready().execute(_INSERT, to_row(letter))
-            self._sizes[letter.id] = letter.bytes
-            self.bytes += letter.bytes
+            self._take(letter.id, letter.bytes, is_notice=letter.kind == "notice")
 
     def remove(self, number: int) -> bool:
         """Let a letter go; whether it was there. Raises `LetterStoreError`s."""
         with self._translated():
             self._ready().execute("DELETE FROM letters WHERE id = ?", (number,))
-        size = self._sizes.pop(number, None)
-        self._notices.pop(number, None)
-        self.bytes -= size or 0
-        return size is not None
+        return self._take(number, None, is_notice=False) is not None
 
     # Reading.
 

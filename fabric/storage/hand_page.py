@@ -114,6 +114,11 @@ class HandPage:
         """How often an earlier life had this record in hand when it died. It is no suspect any more, but noted."""
         return self.suspects.pop(key, 0) if self.suspects else 0
 
+    def clear(self) -> None:
+        """Forget all that this life had in hand: it ends well. What an earlier one left stays suspect."""
+        for key in self._slots.keys() - self.suspects.keys():
+            self.forget(key)
+
     def close(self) -> None:
         """Unmap it; in a forked child, too. Twice is once."""
         page, self._map = self._map, None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import msgpack
@@ -73,6 +74,7 @@ class LetterRow:
 
 
 COLUMNS = (*(column.name for column in fields(LetterRow)), "sum")
+_VALUES = attrgetter(*COLUMNS[:-1])
 _TYPES = {"str": "TEXT", "bytes": "BLOB"}
 _UNSIGNED = tuple(COLUMNS.index(name) for name in ("incarnation", "checksum"))
 _PARKED = COLUMNS.index("parked")
@@ -93,7 +95,7 @@ SCHEMA = (
 
 def to_row(letter: LetterRow) -> tuple[Any, ...]:
     """The values of its columns, the checksum last. SQLite's integers are signed; u64 wrap round."""
-    row = list(astuple(letter))
+    row = list(_VALUES(letter))
     for at in _UNSIGNED:
         row[at] = _signed(row[at])
     row[_PARKED] = int(letter.parked)

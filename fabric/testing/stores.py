@@ -46,7 +46,7 @@ class WorldStore:
         self.is_harmed = False
         """Whether it was ever damaged: only then may it lose what it took."""
         letters = LetterKeeper(self._open_letters, engine.clock)
-        letters.refused, letters.lose = engine.letters.on_refused, engine.letters.lose
+        letters.refused, letters.damaged = engine.letters.on_refused, engine.letters.on_damaged
         self._keeper = Desk(Storekeeper(engine.card.incarnation, self._open, engine.wall_ns), letters)
         self._wishes: deque[tuple[int, Wish]] = deque()
 
