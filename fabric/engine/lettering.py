@@ -111,6 +111,7 @@ class LetterKeeper:
         batch, self._waiting = [*self._waiting, *wishes], []
         if not batch:
             return
+        batch.sort(key=lambda wish: isinstance(wish, WriteLetter))  # what makes room comes first
         done: set[int] = set()
         try:
             done, refusal = self._try(batch)

@@ -63,9 +63,9 @@ class Bench:
 def test_a_turn_is_one_transaction_and_answers_come_after_it() -> None:
     bench = Bench()
     seen: list[Any] = []
+    bench.keeper.work([bench.write(1), bench.write(2)])
     wishes: list[LetterWish] = [
-        bench.write(1),
-        bench.write(2),
+        bench.write(4),
         ChangeLetter(1, "rejected", "again", 7),
         RemoveLetter(2),
         ChangeLetter(2, "rejected", "gone", 7),
@@ -77,7 +77,7 @@ def test_a_turn_is_one_transaction_and_answers_come_after_it() -> None:
     assert store._connection is not None
     store._connection.set_trace_callback(lambda text: commits.append(text) if text == "COMMIT" else None)
     bench.keeper.work(wishes)
-    assert (bench.written, bench.ids, len(commits)) == ([1, 2, 3], [1, 3], 1)
+    assert (bench.written, bench.ids, len(commits)) == ([1, 2, 4, 3], [1, 3, 4], 1)
     ((first, second),) = seen
     assert (first.attempts, first.detail, first.reason) == (7, "again", "rejected")
     assert isinstance(second, LettersDamagedError)
@@ -94,13 +94,12 @@ def test_what_has_no_room_waits_in_order_and_is_said_once(caplog: Any) -> None:
     assert isinstance(bench.refusals[-1], LetterStoreFullError) and bench.keeper.due_ns == S
     assert caplog.text.count("lanes wait") == 1
     with caplog.at_level(logging.WARNING, logger="fabric.storage"):
-        bench.keeper.work([RemoveLetter(1)])
-        assert bench.written == [1, 2, 9], "3 asked before there was room, and 4 does not overtake it"
-        bench.keeper.work([])
-        assert (bench.written, bench.keeper.due_ns) == ([1, 2, 9, 3], S)
+        bench.keeper.work([bench.write(5), RemoveLetter(1)])
+        assert (bench.written, bench.keeper.due_ns) == ([1, 2, 9, 3], S), "the first that waits, and no other"
         bench.keeper.work([RemoveLetter(2)])
-        bench.keeper.work([])
-    assert (bench.written, bench.ids, bench.keeper.due_ns) == ([1, 2, 9, 3, 4], [3, 4, 9], None)
+        assert (bench.written[4:], bench.keeper.due_ns) == ([4], S)
+        bench.keeper.work([RemoveLetter(3)])
+    assert (bench.written, bench.ids, bench.keeper.due_ns) == ([1, 2, 9, 3, 4, 5], [4, 5, 9], None)
     assert "taken again" in caplog.text and bench.refusals[-1] is None
     bench.keeper.close()
 
