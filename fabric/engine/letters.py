@@ -81,6 +81,7 @@ class Letters:
         self._lock = threading.Lock()
         self._next = 1
         self._entries: dict[int, _Entry] = {}
+        self._keys: set[LetterKey] = set()
         self._notices: deque[LetterRow] = deque(maxlen=self._limits.notices_max)
         self._lanes: dict[LetterLane, dict[int, None]] = {}
         """The letters of each parked lane, oldest first, those included that are being written."""
@@ -139,11 +140,13 @@ class Letters:
         """Write a letter, and call `then` on the storage thread when it is written; until then its lane waits."""
         facts = letter_of(message, name, why, self._limits, self._engine.wall_ns())
         with self._lock:
-            facts = self._number(facts)
-            entry = self._entries[facts.id] = _entry_of(facts, written=False)
-            if why.parked:
-                self._lanes.setdefault(_lane_of(facts), {})[facts.id] = None
-                self.is_idle = False
+            known = facts.key in self._keys
+            if not known:
+                facts = self._number(facts)
+                entry = self._enter(_entry_of(facts, written=False))
+        if known:
+            then()  # a record that has a letter keeps it
+            return
 
         def on_written() -> None:
             with self._lock:
@@ -154,6 +157,15 @@ class Letters:
             self._follow(entry.facts)
 
         self._ask(WriteLetter(facts, on_written))
+
+    def _enter(self, entry: _Entry) -> _Entry:
+        facts = entry.facts
+        self._entries[facts.id] = entry
+        self._keys.add(facts.key)
+        if facts.parked:
+            self._lanes.setdefault(_lane_of(facts), {})[facts.id] = None
+            self.is_idle = False
+        return entry
 
     def _number(self, facts: LetterRow) -> LetterRow:
         self._next += 1
@@ -187,11 +199,9 @@ class Letters:
                 if facts.kind == "notice":
                     self._notices.append(facts)
                     continue
-                self._entries[facts.id] = entry
+                self._enter(entry)
                 self._written += 1
                 self.earlier[facts.key] = facts.reason
-                if facts.parked:
-                    self._lanes.setdefault(_lane_of(facts), {})[facts.id] = None
             self.page, self.is_ready = page, True
         self._engine.on_progress()
 
@@ -314,7 +324,7 @@ class Letters:
         with self._lock:
             while self._queue and self._sent < limits.redriven_at_once_max:
                 entry = self._entries.get(self._queue[0])
-                if entry is not None and entry.asked and not entry.sent:
+                if entry is not None and entry.asked:
                     if self._sent and self._sent_bytes + entry.facts.size > limits.redriven_bytes_max:
                         break
                     self._tickets += 1
@@ -392,6 +402,7 @@ class Letters:
         entry = self._entries.pop(number, None)
         if entry is not None:
             self._written -= entry.written
+            self._keys.discard(entry.facts.key)
         if entry is not None and entry.facts.parked:
             lane = _lane_of(entry.facts)
             self._lanes[lane].pop(number, None)

@@ -42,7 +42,7 @@ log = logging.getLogger("fabric.storage")
 DATABASE, NEW, ASIDE = "letters.db", "letters.new", "letters.damaged"
 _JOURNAL = "-journal"
 _SELECT = f'SELECT {", ".join(COLUMNS[:-1])}, "sum" FROM letters'
-_INSERT = f"INSERT INTO letters VALUES ({', '.join('?' * len(COLUMNS))})"
+_INSERT = f"INSERT OR IGNORE INTO letters VALUES ({', '.join('?' * len(COLUMNS))})"
 _abandoned: list[object] = []
 """Connections of a parent process: to close one here would touch the parent's files, so they are never collected."""
 
@@ -186,8 +186,7 @@ class DeadLetterStore:
             try:
                 connection.execute("BEGIN")
                 connection.execute(SCHEMA)
-                insert = _INSERT.replace("INSERT", "INSERT OR IGNORE", 1)
-                done = sum(connection.execute(insert, to_row(letter)).rowcount for letter in letters)
+                done = sum(connection.execute(_INSERT, to_row(letter)).rowcount for letter in letters)
                 connection.execute("COMMIT")
             finally:
                 connection.close()
@@ -253,16 +252,21 @@ class DeadLetterStore:
     def __contains__(self, number: int) -> bool:
         return number in self._sizes
 
-    def add(self, letter: LetterRow) -> None:
-        """Keep a letter, or a notice. Raises `LetterStoreFullError` at a ceiling, and other `LetterStoreError`s."""
+    def add(self, letter: LetterRow) -> bool:
+        """Keep a letter, or a notice; false if its record has one, which stays.
+
+        Raises `LetterStoreFullError` at a ceiling, and other `LetterStoreError`s.
+        """
         connection, refusal = self._ready(), self.refusal(letter)
         if refusal is not None:
             raise refusal
         if letter.kind == "notice":
             self._make_room_for_notice()
         with self._translated():
-            connection.execute(_INSERT, to_row(letter))
-        self._take(letter.id, letter.bytes, is_notice=letter.kind == "notice")
+            done = connection.execute(_INSERT, to_row(letter)).rowcount
+        if done:
+            self._take(letter.id, letter.bytes, is_notice=letter.kind == "notice")
+        return bool(done)
 
     def _take(self, number: int, size: int | None, *, is_notice: bool) -> int | None:
         """Count a row as so large, or as none; what it was before."""

@@ -40,6 +40,28 @@ def test_an_offset_settles_only_when_its_letter_is_written() -> None:
         Checker(world.history).judge()
 
 
+def test_a_rejected_message_settles_only_when_its_letter_is_written() -> None:
+    with World(disk=DiskPlan(delay_ms=400)) as world:
+        trainer, reader = world.join(0), world.join(1)
+        inbox = reader.subscribe("t", acknowledge="manual")
+        for value in range(4):
+            trainer.publish("t", value, seed=value % 2)
+        messages = [inbox.receive() for _ in range(4)]
+        messages[0].reject("no")
+        messages[2].acknowledge()
+        messages[3].acknowledge()
+        floors = trainer.publisher("t")._readers()
+        for _ in range(1000):
+            if len(reader.dead_letters):
+                break
+            assert floors["rank-1", 1] == 0, "acknowledged before it was written"
+            world.run(0.001)
+            floors = trainer.publisher("t")._readers()
+        trainer.flush(timeout_s=60)
+        assert [letter.sequence for letter in reader.dead_letters] == [0]
+        Checker(world.history).judge()
+
+
 MOST = 60
 
 

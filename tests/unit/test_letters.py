@@ -294,6 +294,20 @@ def test_a_letter_that_is_being_written_is_not_there_yet() -> None:
     assert ([each.first for each in book.letters.all()], book.letters.count) == ([1], 1)
 
 
+def test_a_record_that_has_a_letter_keeps_it() -> None:
+    book, told = Book(), []
+    message = message_for(letter(1, value=b"12345678"))
+    for reason in ("rejected", "handler_exhausted"):
+        book.letters.bury(message, book.name, Burial(reason, "no", 1), lambda reason=reason: told.append(reason))  # type: ignore[misc]
+        book.store.work()
+    assert told == ["rejected", "handler_exhausted"]
+    assert [each.reason for each in book.letters.all()] == ["rejected"]
+    book.letters.discard([1])
+    book.bury(1)
+    book.store.work()
+    assert [(each.id, each.first) for each in book.letters.all()] == [(2, 1)]
+
+
 def test_a_letter_is_never_on_its_way_twice() -> None:
     book = Book()
     book.bury(1)

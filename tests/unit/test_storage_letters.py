@@ -76,14 +76,25 @@ def test_any_tool_can_query_it(where: Path) -> None:
 def test_what_fails_in_a_transaction_leaves_nothing(where: Path) -> None:
     store = filled(where, [letter(1)])
     before = store.bytes
-    with pytest.raises(LetterStoreBrokenError, match="UNIQUE"), store.transaction():
+    with pytest.raises(LetterStoreBrokenError, match="no more"), store.transaction():
+        store.replace(letter(1, b"another"))
         store.remove(1)
         store.add(letter(2))
-        store.add(letter(3, first=2, end=3))
+        store.add(letter(3, kind="notice"))
+        raise LetterStoreBrokenError("no more", directory="x")
     assert ([each.id for each in store.letters()], store.bytes, len(store)) == ([1], before, 1)
     with store.transaction():
         store.add(letter(2))
     assert [each.id for each in store.letters()] == [1, 2]
+    store.close()
+
+
+def test_a_record_that_has_a_letter_keeps_it(where: Path) -> None:
+    store = filled(where, [letter(1)])
+    with store.transaction():
+        assert not store.add(letter(2, first=1, end=2))
+        assert store.add(letter(3, first=1, end=2, topic="jobs.b"))
+    assert ([each.id for each in store.letters()], len(store)) == ([1, 3], 2)
     store.close()
 
 
