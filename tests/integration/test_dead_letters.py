@@ -13,7 +13,14 @@ import pytest
 
 from fabric import DeadLetters, RedriveReport
 from fabric.config import Letters, Spill
-from fabric.errors import ClosedError, LetterStoreFullError, SchemaError, WaitTimeoutError, WrongProcessError
+from fabric.errors import (
+    ClosedError,
+    LettersDamagedError,
+    LetterStoreFullError,
+    SchemaError,
+    WaitTimeoutError,
+    WrongProcessError,
+)
 from fabric.letters import LetterBase
 from tests.harness.faces import DEFAULT, played
 
@@ -59,6 +66,8 @@ async def test_skipped_letters_come_again_late_and_marked(face: Any, a: Any, b: 
         ("handler_exhausted", f"ValueError: {value} is bad", 1, "jobs.**") for value in (1, 4)
     ]
     assert [await value_of(letter) for letter in letters] == [1, 4]
+    metadata = letters[0].metadata()
+    assert (await metadata if inspect.isawaitable(metadata) else metadata) == {}
     assert letters[-1] == list(letters)[1] and letters[0].buried_ns > 10**18
 
     report = letters.redrive(letters, dry_run=True)
@@ -88,9 +97,12 @@ async def test_letters_are_selected_and_given_up(face: Any, a: Any, b: Any) -> N
     assert len(letters.select(source="rank-0", reason="handler_exhausted")) == 2
     assert len(letters.select(reason="rejected")) == len(letters.select(source="rank-1")) == 0
     gone, kept = letters
+    assert await value_of(gone) == 1
     assert letters.discard(letters.select(topic="jobs.a")) == 1
     assert letters.discard(gone) == 0
     assert list(letters) == [kept]
+    with pytest.raises(LettersDamagedError, match="gone"):
+        await value_of(gone)
     assert letters.redrive([gone, kept]).refused == ((gone, "it is gone"),)
     assert b.statistics()["letters_discarded"] == 1
 

@@ -12,6 +12,7 @@ import pytest
 
 from fabric.config import Letters as Limits
 from fabric.core.events import Deliver, MessagesSettled
+from fabric.engine.dispatch import Handler
 from fabric.engine.fuse import Fuse
 from fabric.engine.inbox import Inbox
 from fabric.engine.letter_forms import Burial, cut_text, letter_of, message_of
@@ -101,6 +102,15 @@ def test_what_has_no_room_waits_in_order_and_is_said_once(caplog: Any) -> None:
         bench.keeper.work([RemoveLetter(3)])
     assert (bench.written, bench.ids, bench.keeper.due_ns) == ([1, 2, 9, 3, 4, 5], [4, 5, 9], None)
     assert "taken again" in caplog.text and bench.refusals[-1] is None
+    bench.keeper.close()
+
+
+def test_a_small_letter_does_not_overtake_a_large_one_for_which_there_is_no_room() -> None:
+    bench = Bench(limits=Limits(bytes_max=4000))
+    bench.keeper.work([bench.write(1), bench.write(2, value=b"x" * 3000), bench.write(3)])
+    assert bench.written == [1]
+    bench.keeper.work([RemoveLetter(1)])
+    assert bench.written == [1, 2]
     bench.keeper.close()
 
 
@@ -458,6 +468,19 @@ def test_a_fuse_blows_when_all_dies_of_one_reason_and_only_then() -> None:
     assert not fuse.burn("b", S), "it is blown already"
     assert fuse.burn("b", 2 * S), "one that was tried after the pause, in vain"
     assert fuse.until_ns == 4 * S
+
+
+def test_a_handler_whose_fuse_is_blown_has_nothing_to_do_until_it_is_whole() -> None:
+    inbox = Inbox(1)
+    fuse = Fuse(Limits(same_reason_max=1, pause_s=2.0))
+    handler = Handler(print, inbox, "t", 1, parks=False, fuse=fuse)
+    assert (handler.due_ns(), handler.has_work(0)) == (None, False)
+    inbox.items.append(message_of(letter(1), 1))
+    handler.retries.append((5, 0, ("rank-1", "t", 0)))
+    assert (handler.due_ns(), handler.has_work(0)) == (5, True)
+    fuse.burn("a", 0)
+    assert (handler.due_ns(), handler.has_work(2 * S - 1)) == (2 * S, False)
+    assert handler.has_work(2 * S)
 
 
 def test_no_room_for_the_store_at_all_is_translated(monkeypatch: Any) -> None:

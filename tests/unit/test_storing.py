@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fabric.config import Spill
+from fabric.config import Letters, Spill
 from fabric.core.disk import (
     AppendRecords,
     LoadedBurst,
@@ -26,7 +26,7 @@ from fabric.core.disk import (
 from fabric.engine.lettering import RemoveLetter
 from fabric.engine.storing import EXPIRY_NS, NoStore, Outcome, Storekeeper, ThreadedStore
 from fabric.errors import SpillBrokenError, SpillFullError, StateDirectoryError
-from fabric.storage.home import base_of, open_home, sweep
+from fabric.storage.home import base_of, open_home, open_letters, sweep
 from fabric.storage.spill import SpillLog
 from fabric.testing.disks import FakeDisk
 from tests.harness.spills import WHERE, Clock, small
@@ -371,3 +371,18 @@ def test_letters_that_wait_are_written_at_the_end_and_what_spills_is_not() -> No
     keeper.go.set()
     closing.join(10)
     assert keeper.asked == [[AppendRecords], [RemoveLetter], ["closed"]]
+
+
+def test_letters_of_a_killed_member_are_swept_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
+    limits = Spill(directory=tmp_path / "base")
+    killed = open_letters(limits, Letters(), "job", "rank-0", 1)
+    living = open_letters(limits, Letters(), "job", "rank-0", 2)
+    assert sweep(limits) == 0
+    killed.close()
+    assert sweep(limits) == 1
+    assert len(os.listdir(tmp_path / "base")) == 1
+    living.destroy()
+    assert os.listdir(tmp_path / "base") == []
+    kept = open_letters(limits, Letters(), "job", "rank-0", 3, tmp_path / "state")
+    kept.close()
+    assert sweep(limits) == 0 and (tmp_path / "state").exists()
