@@ -229,7 +229,6 @@ RESERVED: dict[str, tuple[str, Callable[[Fabric], object]]] = {
     "durable": ("policy", lambda fabric: fabric.publisher("a", policy="durable")),
     "cursor": ("cursor", lambda fabric: fabric.subscribe("a", cursor={})),
     "name": ("name", lambda fabric: fabric.subscribe("a", name="mine")),
-    "park": ("exhausted", lambda fabric: fabric.on("a", exhausted="park")),
 }
 
 

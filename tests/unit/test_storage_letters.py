@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import sqlite3
 import stat
 import threading
@@ -238,29 +239,63 @@ def test_a_database_that_may_not_grow_is_full(where: Path) -> None:
     store.close()
 
 
+GROUP = 200
+
+
 def keep_adding(parent: Parent, where: str) -> None:
     store = DeadLetterStore.open(Path(where), LIMITS)
     number = 0
     while True:
-        with store.transaction():
-            for _ in range(3):
+        with store.transaction():  # larger than SQLite's cache: some of it is in the file before it is committed
+            for _ in range(GROUP):
                 number += 1
-                store.add(letter(number, b"x" * 9000))
-        parent.say(committed=number)
+                store.add(letter(number, b"x" * 20_000))
+                if number % GROUP == GROUP - 5 and number > 2 * GROUP:
+                    parent.say(committed=number - number % GROUP)
+                    parent.hear()
 
 
 @pytest.mark.multiprocess
 def test_what_was_committed_survives_sigkill(where: Path) -> None:
     with child(keep_adding, where=str(where)) as other:
-        committed = 0
-        while committed < 30:
-            committed = other.hear()["committed"]
-        other.signal(9)
+        committed = other.hear()["committed"]
+        other.signal(9)  # in the midst of a transaction
         other.exit_code()
     store = DeadLetterStore.open(where, LIMITS)
     found = [each.id for each in store.letters()]
-    assert found == list(range(1, len(found) + 1)) and len(found) >= committed and len(found) % 3 == 0
+    assert found == list(range(1, committed + 1))
     assert store.damages == 0
+    store.close()
+
+
+def add_to_a_small_disk(parent: Parent, where: str) -> None:
+    store = DeadLetterStore.open(Path(where), LIMITS)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # writes beyond it fail, as on a disk that is full
+    number, raised = 0, ""
+    while not raised:
+        number += 1
+        try:
+            with store.transaction():
+                store.add(letter(number, b"x" * 5000))
+        except LetterStoreError as error:
+            raised = type(error).__name__
+    with store.transaction():
+        store.remove(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with store.transaction():
+        store.add(letter(number, b"x" * 5000))
+    parent.say(number=number, raised=raised, found=[each.id for each in store.letters()])
+
+
+@pytest.mark.multiprocess
+def test_a_write_that_fails_takes_nothing_and_the_store_goes_on(where: Path) -> None:
+    with child(add_to_a_small_disk, where=str(where)) as other:
+        heard = other.hear()
+    assert heard["raised"] in ("LetterStoreBrokenError", "LetterStoreFullError")
+    assert heard["found"] == list(range(2, heard["number"] + 1)) and heard["number"] > 10
+    store = DeadLetterStore.open(where, LIMITS)
+    assert (store.damages, [each.id for each in store.letters()]) == (0, heard["found"])
     store.close()
 
 
