@@ -113,8 +113,14 @@ class Letters:
         return name
 
     def bind(self, name: str, inbox: Inbox) -> None:
-        """Letters of this name come again here."""
-        self._takers[name] = inbox
+        """Letters of this name come again here; of lanes in which some only wait for each other, at once."""
+        with self._lock:
+            self._takers[name] = inbox
+            waiting = [
+                self._entries[next(iter(letters))].facts for lane, letters in self._lanes.items() if lane[0] == name
+            ]
+        for facts in waiting:
+            self._follow(facts)
 
     def release(self, name: str) -> None:
         """It takes nothing any more; what was on its way to it stays a letter."""
@@ -243,11 +249,6 @@ class Letters:
         with self._lock:
             return list(self._notices)
 
-    def is_whole(self, number: int) -> bool:
-        """Whether the store has all of the value of a letter."""
-        entry = self._entries.get(number)
-        return entry is not None and entry.whole
-
     def read(self, number: int, then: Callable[[LetterRow | FabricError], None]) -> None:
         """Call `then`, on the storage thread, with the letter and its value, or why it cannot be read."""
         self._ask(ReadLetters((number,), lambda rows: then(rows[0])))
@@ -365,6 +366,9 @@ class Letters:
             self._return(entry)
             if event.handled:
                 self._remove(number)
+            else:
+                for other in self._lanes.get(_lane_of(entry.facts), ()):  # what was to follow it stays, too
+                    self._entries[other].asked = False
         if event.handled:
             self._engine.counts["letters_redriven"] += 1
             self._ask(RemoveLetter(number))
@@ -462,10 +466,11 @@ def _lane_of(facts: LetterRow) -> LetterLane:
 
 
 def _prefix(entries: dict[int, _Entry], letters: Iterable[int], wanted: set[int]) -> set[int]:
-    """The oldest letters of a lane, as far as each of them is wanted or on its way."""
+    """The oldest letters of a lane, as far as each of them is wanted, and can come again, or is on its way."""
     found: set[int] = set()
     for number in letters:
-        if number not in wanted and not entries[number].asked:
+        entry = entries[number]
+        if not entry.asked and not (number in wanted and entry.whole and entry.written):
             break
         found.add(number)
     return found

@@ -43,8 +43,6 @@ DATABASE, NEW, ASIDE = "letters.db", "letters.new", "letters.damaged"
 _JOURNAL = "-journal"
 _SELECT = f'SELECT {", ".join(COLUMNS[:-1])}, "sum" FROM letters'
 _INSERT = f"INSERT OR IGNORE INTO letters VALUES ({', '.join('?' * len(COLUMNS))})"
-_abandoned: list[object] = []
-"""Connections of a parent process: to close one here would touch the parent's files, so they are never collected."""
 
 
 class DeadLetterStore:
@@ -236,8 +234,9 @@ class DeadLetterStore:
         except BaseException:
             for number, size, is_notice in [*reversed(self._undo)]:
                 self._take(number, size, is_notice=is_notice)
-            with contextlib.suppress(sqlite3.Error):  # the first error counts; a broken connection has none open
-                connection.execute("ROLLBACK")
+            if self._connection is connection:  # not in a forked child, where it is the parent's
+                with contextlib.suppress(sqlite3.Error):  # the first error counts; a broken connection has none open
+                    connection.execute("ROLLBACK")
             raise
 
     def refusal(self, letter: LetterRow) -> LetterStoreFullError | None:
@@ -359,8 +358,12 @@ class DeadLetterStore:
 
     def abandon(self) -> None:
         """In a forked child: never touch the parent's connection, not even by its end."""
-        _abandoned.append(self._connection)
-        self._connection = None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            # Its end would roll back what the parent is about to commit: it never ends, not even with the interpreter.
+            import ctypes
+
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
         self.close()
 
     @contextlib.contextmanager

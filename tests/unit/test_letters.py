@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -384,6 +385,55 @@ def test_followers_come_one_by_one_and_stop_at_one_that_died() -> None:
     book.settle(book.items[0], 1)
     assert not book.letters.is_parked(book.name, ("rank-1", "jobs.a", 0))
     assert book.letters.is_parked(book.name, ("rank-1", "jobs.a", 1))
+
+
+def test_when_the_oldest_dies_again_those_that_were_to_follow_stay() -> None:
+    book = Book()
+    for number in (1, 2, 3):
+        book.bury(number, parked=True)
+    book.store.work()
+    assert book.letters.redrive([1, 2], dry_run=False)[0] == [1, 2]
+    book.store.work()
+    assert book.arrived() == [1]
+    book.settle(book.items[0], 0)
+    book.store.work()
+    assert book.arrived() == []
+    assert book.letters.discard([2]) == 1
+    assert book.letters.redrive([1, 3], dry_run=False)[0] == [1, 3]
+
+
+def test_what_cannot_come_again_keeps_its_lane_closed_and_says_so() -> None:
+    book = Book()
+    book.letters._limits = Limits(record_bytes_max=7)
+    book.bury(1, parked=True)
+    book.letters._limits = Limits()
+    book.bury(2, "parked", parked=True)
+    book.store.work()
+    refused = book.letters.redrive([1, 2], dry_run=False)[1]
+    assert refused == {1: "its value was too large to be kept whole", 2: "an older letter of its lane goes first"}
+    assert book.letters.discard([1]) == 1
+    book.store.work()
+    assert book.arrived() == [2]
+
+
+def test_what_only_waited_in_an_earlier_life_goes_on_when_its_handler_is_there() -> None:
+    book = Book()
+    rows = [letter(1, parked=True, reason="parked", seed=0), letter(2, seed=1), letter(4, kind="notice")]
+    with contextlib.closing(DeadLetterStore.open(None, LIMITS)) as store:
+        for row in rows:
+            store.add(row)
+        book.store.keeper._store = store
+        book.letters.release(book.name)
+        book.letters.load()
+        assert not book.letters.is_ready
+        book.store.work()
+        assert book.letters.is_ready and len(book.letters.notices()) == 1
+        assert book.letters.earlier == {rows[0].key: "parked", rows[1].key: "handler_exhausted"}
+        book.letters.bind(book.letters.claim("jobs.**"), book.inbox)
+        book.store.work()
+        assert book.arrived() == [1]
+        book.bury(9)
+        assert book.letters._entries[5].facts.first == 9, "numbers go on where the earlier life ended"
 
 
 def test_a_follower_waits_while_nobody_handles_it() -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import sqlite3
 import stat
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,27 @@ def test_a_forked_child_touches_nothing(where: Path) -> None:
     with pytest.raises(LetterStoreLockedError):
         DeadLetterStore.open(where, LIMITS)
     store.close()
+
+
+def fork_within_a_transaction(parent: Parent, where: str) -> None:
+    store = filled(Path(where), [letter(1)])
+    with store.transaction():
+        for number in range(2, 200):
+            store.add(letter(number, b"x" * 20_000))  # more than SQLite's cache holds
+        pid = os.fork()
+        if not pid:
+            store.abandon()
+            sys.exit(0)  # with all that an interpreter does at its end
+        os.waitpid(pid, 0)
+    store.close()
+    again = DeadLetterStore.open(Path(where), LIMITS)
+    parent.say(found=len(again), damages=again.damages)
+
+
+@pytest.mark.multiprocess
+def test_a_forked_child_that_ends_rolls_nothing_back(where: Path) -> None:
+    with child(fork_within_a_transaction, where=str(where)) as other:
+        assert other.hear() == {"found": 199, "damages": 0}
 
 
 def test_destroying_leaves_no_directory(where: Path) -> None:
