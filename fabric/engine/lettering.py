@@ -96,6 +96,8 @@ class LetterKeeper:
         self._open_store, self._open_page, self._clock = open_store, open_page, clock
         self._store: DeadLetterStore | None = None
         self._waiting: list[LetterWish] = []
+        self._former: frozenset[int] = frozenset()
+        """What was in the store before it was damaged."""
         self._retry_ns = 0
         self.damaged: Callable[[list[int]], None] = lambda numbers: None
         self.refused: Callable[[FabricError | None], None] = lambda error: None
@@ -136,17 +138,22 @@ class LetterKeeper:
         if self._store is None:
             self._store = self._open_store()
             if self._store.damages:
-                self.damaged([])
+                self.damaged(sorted(number for number in self._former if number not in self._store))
+            self._former = frozenset()
         return self._store
 
     def _mend(self, store: DeadLetterStore, error: LettersDamagedError) -> None:
-        """Raises it if there is nothing to mend."""
+        """Raises it if there is nothing to mend, and what keeps it from being mended; then it is opened anew."""
+        self._former = store.numbers()
         try:
             if not store.find_damage(error):
                 raise error
-        finally:
-            lost, store.lost = store.lost, []
-            self.damaged(lost)
+        except FabricError:
+            store.close()
+            self._store = None
+            raise
+        lost, store.lost = store.lost, []
+        self.damaged(lost)
 
     def _commit(self, store: DeadLetterStore, batch: Sequence[LetterWish]) -> tuple[set[int], FabricError | None]:
         """Which of them are done, and why others wait: behind a letter that has no room, no other is written."""

@@ -251,6 +251,10 @@ class DeadLetterStore:
     def __contains__(self, number: int) -> bool:
         return number in self._sizes
 
+    def numbers(self) -> frozenset[int]:
+        """The ids of all that is in it."""
+        return frozenset(self._sizes)
+
     def add(self, letter: LetterRow) -> bool:
         """Keep a letter, or a notice; false if its record has one, which stays.
 

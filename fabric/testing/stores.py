@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import errno
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
 
 from fabric.core.disk import LoadRecords, RecordsExpired
 from fabric.engine.lettering import Desk, LetterKeeper
 from fabric.engine.loop import Engine
 from fabric.engine.storing import Outcome, Storekeeper, Wish
-from fabric.errors import SpillError
+from fabric.errors import LetterStoreFullError, SpillError
+from fabric.storage.dead_letters import DeadLetterStore
 from fabric.storage.spill import SpillLog
 from fabric.testing.disks import FakeDisk
-
-if TYPE_CHECKING:
-    from fabric.storage.dead_letters import DeadLetterStore
 
 __all__ = ["DiskPlan", "WorldStore"]
 
@@ -32,9 +31,23 @@ class DiskPlan:
     delay_ms: float = 0.0
     """The longest that a disk takes for what it is asked."""
     refusals: float = 0.0
-    """Probability that a write finds the disk full."""
+    """Probability that a write finds the disk full: of spilled bursts, and of dead letters."""
     damage: float = 0.0
     """Probability that, before it reads, the disk flips a bit somewhere, or that a read fails."""
+
+
+class _WorldLetters(DeadLetterStore):
+    """A store in memory that now and then finds its disk full."""
+
+    is_refusing: Callable[[], bool]
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """As `DeadLetterStore.transaction`."""
+        if self.is_refusing():
+            raise LetterStoreFullError("the disk is full", directory=self.where, used=self.bytes)
+        with super().transaction():
+            yield
 
 
 class WorldStore:
@@ -62,9 +75,10 @@ class WorldStore:
         )
 
     def _open_letters(self) -> DeadLetterStore:
-        from fabric.storage.dead_letters import DeadLetterStore
-
-        return DeadLetterStore.open(None, self._engine.config.letters, durable=False)
+        letters = _WorldLetters.open(None, self._engine.config.letters, durable=False)
+        assert isinstance(letters, _WorldLetters)
+        letters.is_refusing = lambda: self._rng.random() < self._plan.refusals
+        return letters
 
     @property
     def error(self) -> SpillError | None:

@@ -101,7 +101,7 @@ def test_parked_lanes_keep_their_order_whatever_happens(seed: int) -> None:
     """Letters are redriven, given up and refused while records still come; links lose and disks are slow."""
     config = FabricConfig(letters=Letters(rows_max=8, redriven_at_once_max=3))
     plan = FaultPlan(loss=0.1, delay_ms=3)
-    with World(seed=seed, plan=plan, disk=DiskPlan(delay_ms=30), config=config) as world:
+    with World(seed=seed, plan=plan, disk=DiskPlan(delay_ms=30, refusals=0.2), config=config) as world:
         trainer, reader = world.join(0), world.join(1)
         one = Chances(seed, trainer, reader)
         reader.on("t", attempts=2, exhausted="park")(one.handle)
@@ -121,7 +121,7 @@ def test_parked_lanes_keep_their_order_whatever_happens(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_skipped_letters_are_handled_once_each(seed: int) -> None:
     rng = Random(seed)
-    with World(seed=seed, plan=FaultPlan(loss=0.1), disk=DiskPlan(delay_ms=20)) as world:
+    with World(seed=seed, plan=FaultPlan(loss=0.1), disk=DiskPlan(delay_ms=20, refusals=0.1)) as world:
         trainer, reader = world.join(0), world.join(1)
         seen: list[int] = []
         chance = [0.5]

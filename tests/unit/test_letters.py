@@ -167,6 +167,35 @@ def test_damage_is_mended_once_it_shows_and_what_it_took_is_told(tmp_path: Path,
     bench.keeper.close()
 
 
+def test_damage_that_cannot_be_mended_for_lack_of_room_is_mended_later(tmp_path: Path, monkeypatch: Any) -> None:
+    bench = Bench(tmp_path / "letters")
+    bench.keeper.work([bench.write(number, value=bytes([number]) * 3000) for number in range(1, 30)])
+    path = tmp_path / "letters" / DATABASE
+    data = path.read_bytes()
+    with open(path, "r+b") as file:
+        file.seek(data.index(bytes([7]) * 100))
+        file.write(b"\xff" * 8)
+    full = LetterStoreFullError("no room", directory="x", used=0)
+
+    def refuse(*_: object) -> int:
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DeadLetterStore, "_build", refuse)
+        connection = bench.keeper._opened()._connection
+        assert connection is not None
+        connection.execute("PRAGMA cache_size = 2")
+        answers: list[Any] = []
+        bench.keeper.work([ReadLetters((7,), answers.extend), bench.write(30)])
+        assert answers == [full]
+        bench.keeper.work([bench.write(31)])
+        assert (bench.written[29:], bench.keeper.error, bench.lost) == ([30], full, [])
+    bench.keeper.work([])
+    assert bench.written[29:] == [30, 31] and bench.lost == [[7]]
+    assert bench.ids == [number for number in range(1, 32) if number != 7]
+    bench.keeper.close()
+
+
 def test_letters_that_outlive_the_process_are_loaded_with_the_page(tmp_path: Path, caplog: Any) -> None:
     first = DeadLetterStore.open(tmp_path / "letters", LIMITS)
     with first.transaction():
