@@ -1,7 +1,8 @@
-"""A message that kills the process of its handler is counted, and in the end it is a dead letter."""
+"""Kill -9 and dead letters: what kills its process is counted, and nothing that was buried is lost."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from dataclasses import replace
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 from fabric import join
+from fabric.config import Letters
 from fabric.errors import LetterStoreLockedError
 from fabric.joining import Entry
+from fabric.payloads import decode
 from fabric.storage.dead_letters import DeadLetterStore
 from tests.harness.children import Parent, child
 from tests.harness.faces import DEFAULT
@@ -116,3 +119,45 @@ def test_letters_outlive_their_process_and_one_that_kills_it_is_counted(tmp_path
     store = DeadLetterStore.open(where, LIMITS)
     assert [letter.sequence for letter in store.letters()] == [2]
     store.close()
+
+
+MANY = 200
+
+
+def redrive_many(parent: Parent, where: str) -> None:
+    """Bury many, and let them come again; the test hears of each that is handled."""
+    Entry.letters_directory = Path(where)
+    failing = [True]
+    with join(replace(STEADY, letters=Letters(same_reason_max=MANY + 1, redriven_at_once_max=16))) as fabric:
+
+        @fabric.on("t", attempts=1)
+        def handle(message: Any) -> None:
+            if failing:
+                raise ValueError
+            parent.say(handled=message.value)
+
+        for number in range(MANY):
+            fabric.publish("t", number, seed=number % 8)
+        fabric._engine.until(lambda: len(fabric.dead_letters) == MANY, 20)
+        failing.clear()
+        fabric.dead_letters.redrive(fabric.dead_letters)
+        parent.hear()
+
+
+def test_who_is_killed_while_letters_come_again_loses_none(tmp_path: Path) -> None:
+    where = tmp_path / "state"
+    handled = []
+    with child(redrive_many, where=str(where)) as other:
+        while len(handled) < MANY // 4:
+            handled.append(other.hear()["handled"])
+        other.signal(signal.SIGKILL)
+        with contextlib.suppress(AssertionError):  # it says no more
+            while True:
+                handled.append(other.hear()["handled"])
+        other.exit_code()
+    store = DeadLetterStore.open(where, LIMITS)
+    left = [decode(letter.value_kind, memoryview(letter.value)) for letter in store.letters()]
+    store.close()
+    assert set(handled) | set(left) == set(range(MANY)) and store.damages == 0
+    assert len(handled) == len(set(handled)) and len(left) < MANY
+    assert len(set(handled) & set(left)) <= 64, "only what was handled a moment ago is still there"
