@@ -32,7 +32,7 @@ def live_once(parent: Parent, spec: str, where: str) -> None:
         kept = [letter.sequence for letter in fabric.dead_letters]
         ran: list[tuple[Any, int]] = []
 
-        @fabric.on("t", attempts=3, exhausted="park", start="retained")
+        @fabric.on("t", attempts=2, exhausted="park", start="retained")
         def handle(message: Any) -> None:
             ran.append((message.value, message.attempt))
             parent.say(ran=ran[-1])
@@ -91,18 +91,17 @@ def test_letters_outlive_their_process_and_one_that_kills_it_is_counted(tmp_path
         for value in ("poison", 1, 2):
             publisher.publish(value, seed=1)
         lives.append(play_life(other, {}))
-        for _ in range(2):
-            with child(live_once, **arguments) as other:
-                told: dict[str, Any] = {}
-                lives.append(play_life(other, told))
-                assert told["kept"] == [0, 1]
-        assert lives == [[["poison", 1]], [["poison", 2]], [["poison", 3]]], "what has a letter is not handled again"
+        with child(live_once, **arguments) as other:
+            told: dict[str, Any] = {}
+            lives.append(play_life(other, told))
+            assert told["kept"] == [0, 1]
+        assert lives == [[["poison", 1]], [["poison", 2]]], "what has a letter is not handled again"
         with child(live_once, **arguments) as other:
             other.tell(letters=5)
             assert [(sequence, *rest) for sequence, *rest, _, _ in hear_letters(other)] == [
-                (0, 3, "handler_exhausted"),
+                (0, 2, "handler_exhausted"),
                 (1, 0, "parked"),
-                (0, 3, "handler_exhausted"),
+                (0, 2, "handler_exhausted"),
                 (1, 0, "parked"),
                 (2, 0, "parked"),
             ]
