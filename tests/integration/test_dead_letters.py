@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fabric import DeadLetters, RedriveReport
-from fabric.config import Letters, Spill
+from fabric.config import Handlers, Letters, Spill, Work
 from fabric.errors import (
     ClosedError,
     LettersDamagedError,
@@ -339,3 +339,26 @@ def test_a_forked_child_has_no_letters_to_redrive() -> None:
         assert os.waitpid(pid, 0)[1] == 0
         assert fabric.dead_letters[0].value() == 1
         assert fabric.dead_letters.redrive(fabric.dead_letters).queued
+
+
+STEPS = replace(DEFAULT, work=Work(handlers=Handlers.STEP))
+
+
+@played(config=STEPS)
+async def test_in_step_mode_letters_settle_and_come_again_while_handlers_are_served(face: Any, a: Any, b: Any) -> None:
+    picky = Picky("all")
+    b.on("t", attempts=1, exhausted="park")(picky)
+    await b.serve(0.01)  # on a loop, what `on` began is confirmed by the next call
+    for value in range(3):
+        await a.publish("t", value)
+    while len(b.dead_letters) < 3:
+        await b.serve(0.02)
+    picky.bad = set()
+    b.dead_letters.redrive(b.dead_letters[0])
+    assert picky.seen == [], "nobody serves"
+    while len(b.dead_letters):
+        await b.serve(0.02)
+    assert [value for _, value, _ in picky.seen] == [0, 1, 2]
+    served = face.later(b.serve(0.3))
+    await a.flush()
+    await served
