@@ -15,10 +15,10 @@ job. Below it all lies the package `transports`. ARCHITECTURE.md explains; PROTO
 
 from fabric.client import CloseReport, Fabric, PeerInfo, Publisher
 from fabric.config import FabricConfig
-from fabric.engine.dispatch import DeadLetter
 from fabric.engine.inbox import Gap
 from fabric.errors import FabricError
 from fabric.joining import join, observe
+from fabric.letters import DeadLetter, DeadLetters, RedriveReport
 from fabric.message import Message, Reply, Request
 from fabric.payloads import register
 from fabric.subscription import Subscription
@@ -26,6 +26,7 @@ from fabric.subscription import Subscription
 __all__ = [
     "CloseReport",
     "DeadLetter",
+    "DeadLetters",
     "Fabric",
     "FabricConfig",
     "FabricError",
@@ -33,6 +34,7 @@ __all__ = [
     "Message",
     "PeerInfo",
     "Publisher",
+    "RedriveReport",
     "Reply",
     "Request",
     "Subscription",

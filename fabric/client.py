@@ -11,6 +11,7 @@ from fabric.engine.inbox import Inbox
 from fabric.engine.loop import Engine
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import ClosedError, FabricError
+from fabric.letters import DeadLetter, DeadLetters
 from fabric.member import CloseReport, Member, PeerInfo, check_handler, check_subscription
 from fabric.message import Reply
 from fabric.publisher import Publisher
@@ -118,14 +119,16 @@ class Fabric(Member[Publisher]):
         """Decorate a function of one `Message` to be run for each that matches.
 
         A handler that raises is run again, `attempts` times in all, 0.1 s later and then twice as long each time;
-        after that the record is a dead letter and its lane goes on. Handlers run on a thread of the fabric, or in
-        `step` and `serve`. Raises as `subscribe`.
+        after that the record is a dead letter. `exhausted`: its lane goes on (`skip`), or waits for it (`park`): what
+        comes later in the lane joins it among the dead letters, and comes again in order once it is redriven or given
+        up. Handlers run on a thread of the fabric, or in `step` and `serve`. Raises as `subscribe`.
         """
-        check_handler(attempts, exhausted)
+        parks = check_handler(attempts, exhausted)
 
         def decorate(function: Function) -> Function:
             inbox = self._open(pattern, start)
-            self._dispatcher.add(function, inbox, attempts)
+            name = self._engine.letters.claim(pattern)
+            self._dispatcher.add(function, inbox, name, attempts, parks=parks)
             return function
 
         return decorate
@@ -139,6 +142,11 @@ class Fabric(Member[Publisher]):
             return function
 
         return decorate
+
+    @property
+    def dead_letters(self) -> DeadLetters[DeadLetter]:
+        """What was not handled, with its reasons, oldest first; to be redriven or given up."""
+        return DeadLetters(self._engine, self._run)
 
     def step(self, n: int) -> None:
         """Mark training step `n`.

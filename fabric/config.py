@@ -17,6 +17,7 @@ __all__ = [
     "FabricConfig",
     "Handlers",
     "Inboxes",
+    "Letters",
     "Liveness",
     "Policy",
     "Repair",
@@ -199,6 +200,32 @@ class Spill:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Letters:
+    """The store of dead letters (reliability notes, section 5.6). A full one takes none: lanes wait."""
+
+    rows_max: int = 10_000
+    """Letters: more than anybody reads, and what a member keeps of each in memory stays below 25 MB."""
+    bytes_max: int = 256 * MIB
+    """Of their values, metadata and details, 512 bytes for each letter included; the file takes up to a quarter
+    more."""
+    record_bytes_max: int = 1 * MIB
+    """A larger value is cut to this; its size and checksum are noted, and it cannot be redriven."""
+    detail_bytes_max: int = 2048
+    """Of the text that says what went wrong; the rest is cut."""
+    notices_max: int = 1000
+    """Notices of gaps and of records that never became messages; the oldest give way, counted."""
+    redriven_at_once_max: int = 256
+    """Letters on their way back to their handlers at once ..."""
+    redriven_bytes_max: int = 8 * MIB
+    """... and their bytes; one letter always goes."""
+    same_reason_max: int = 100
+    """So many messages of one handler in a row that die of one reason are a fault of the handler, not of the messages:
+    it pauses, and what is owed waits at its publishers instead of filling the store."""
+    pause_s: float = 30.0
+    """... for so long; then one message is tried. The reset timeout of common circuit breakers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FabricConfig:
     """All settings of one member."""
 
@@ -218,12 +245,13 @@ class FabricConfig:
     requests: Requests = field(default_factory=Requests)
     work: Work = field(default_factory=Work)
     spill: Spill = field(default_factory=Spill)
+    letters: Letters = field(default_factory=Letters)
     install_signal_handler: bool = True
     """Whether `join` in the main thread installs a SIGTERM handler over the default one."""
 
     def __post_init__(self) -> None:
         groups = (self.retention, self.inboxes, self.repair, self.liveness, self.requests, self.work, self.spill)
-        for group in groups:
+        for group in (*groups, self.letters):
             _require_positive(group)
         if self.spill.bytes_max < 2 * self.spill.segment_bytes:
             raise ConfigError("less than two segments: the one in use and its spare", field="spill.bytes_max")

@@ -18,6 +18,11 @@ __all__ = [
     "FabricError",
     "InternalError",
     "JoinTimeoutError",
+    "LetterStoreBrokenError",
+    "LetterStoreError",
+    "LetterStoreFullError",
+    "LetterStoreLockedError",
+    "LettersDamagedError",
     "PayloadError",
     "PayloadTooLargeError",
     "ProtocolError",
@@ -229,6 +234,36 @@ class StateDirectoryError(SpillError):
     """The directory is not private or cannot be used; the detail says what to do. Field: `directory`."""
 
     template = "{directory} cannot hold state: {detail}"
+
+
+class LetterStoreError(FabricError):
+    """The store of dead letters could not do what it was asked to. Field: `directory`."""
+
+
+class LetterStoreFullError(LetterStoreError):
+    """There is no room: a ceiling, a quota or the disk; nothing was taken. Fields: `directory`, `used` in bytes."""
+
+    retriable = True
+    template = "the dead letters in {directory} are full at {used} bytes: {detail}; nothing was taken"
+
+
+class LetterStoreBrokenError(LetterStoreError):
+    """The disk or the database failed, or it is used where it must not be; nothing was taken. Field: `directory`."""
+
+    template = "the dead letters in {directory} broke: {detail}"
+
+
+class LetterStoreLockedError(LetterStoreError):
+    """Another process, or another store of this one, has the directory. Field: `directory`."""
+
+    retriable = True
+    template = "the dead letters in {directory} are in use"
+
+
+class LettersDamagedError(LetterStoreError):
+    """A letter is gone, or not what was written. Field: `directory`."""
+
+    template = "dead letters in {directory} are damaged: {detail}"
 
 
 # The state of the object.

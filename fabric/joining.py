@@ -15,6 +15,7 @@ from fabric.core import events
 from fabric.core.members import Peer
 from fabric.core.wire import VERSION
 from fabric.engine.dispatch import Dispatcher
+from fabric.engine.lettering import Desk, LetterKeeper
 from fabric.engine.loop import Engine
 from fabric.engine.process import ProcessMembership, install_sigterm
 from fabric.engine.sleeping import ThreadedWaits
@@ -30,8 +31,9 @@ from fabric.errors import (
 )
 from fabric.rendezvous import Card, announce, find, open_rendezvous, this_host, withdraw
 from fabric.storage.clock import steady_wall_ns
-from fabric.storage.home import open_home, state_home, sweep
-from fabric.storage.state import MemberState
+from fabric.storage.hand_page import HandPage
+from fabric.storage.home import open_home, open_letters, state_home, sweep
+from fabric.storage.state import LETTERS, MemberState
 from transports import Endpoints
 from transports.base import AddressError, SocketLimits
 from transports.zeromq import ZeroMQTransport
@@ -40,6 +42,8 @@ __all__ = ["Entry", "enter_job", "enter_rank", "join", "observe"]
 
 log = logging.getLogger("fabric.join")
 
+LETTERS_S = 30.0
+"""How long a join waits for the letters of an earlier life: 256 MiB are read and verified, from a slow disk."""
 FEEDS_FOLLOWED_MAX = 65_536
 """Feeds that one member may follow at once: each is a subscribed prefix."""
 TAKEOVER_S = 5.0
@@ -159,6 +163,9 @@ def _the_job(job: str | None, config: FabricConfig) -> list[Card]:
 class Entry:
     """A member in the making; its face is put on it last."""
 
+    letters_directory: Path | None = None
+    """Where dead letters, and what is in hand, outlive this process; None: they end with it."""
+
     def __init__(self, config: FabricConfig) -> None:
         self.config = config
         self.leave: list[Callable[[], None]] = []
@@ -188,6 +195,7 @@ class Entry:
                         raise
                 time.sleep(0.02)  # its last owner is being killed: the kernel has much memory to give back
             self._state.kept = directory is not None
+            self.letters_directory = home / LETTERS
         except SpillError as error:
             if directory is not None:
                 raise
@@ -221,7 +229,7 @@ class Entry:
             steady_wall_ns,
             self._state,
         )
-        engine.store = ThreadedStore(engine, keeper)
+        engine.store = ThreadedStore(engine, Desk(keeper, self._letter_keeper(engine)))
         if self._state is None:
             engine.stateless = self._stateless
         else:
@@ -229,6 +237,28 @@ class Entry:
         self._membership = ProcessMembership(engine, self.waits, self.leave)
         engine.on_connect = self._membership.remember
         self.waits.start(engine)
+        if self.letters_directory is not None:
+            self._read_letters()
+
+    def _letter_keeper(self, engine: Engine) -> LetterKeeper:
+        card, config, where = engine.card, engine.config, self.letters_directory
+        keeper = LetterKeeper(
+            lambda: open_letters(config.spill, config.letters, card.job, card.name, card.incarnation, where),
+            engine.clock,
+            open_page=None if where is None else lambda: HandPage.open(where),
+        )
+        keeper.refused, keeper.damaged = engine.letters.on_refused, engine.letters.on_damaged
+        return keeper
+
+    def _read_letters(self) -> None:
+        """What an earlier life left; nothing is handled before it is known."""
+        letters = self.engine.letters
+        letters.load()
+        if not self.engine.until(lambda: letters.is_ready or letters.error is not None, LETTERS_S):
+            state = f"reading {self.letters_directory}"
+            raise JoinTimeoutError("dead letters were not read", waited_s=LETTERS_S, state=state)
+        if letters.error is not None:
+            raise letters.error
 
     @property
     def engine(self) -> Engine:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -15,7 +14,6 @@ from fabric.core import events
 from fabric.core.cursors import Cursor, parse_cursor
 from fabric.core.members import NAME_BYTES_MAX
 from fabric.core.wire import feed_id
-from fabric.engine.dispatch import DeadLetter
 from fabric.engine.inbox import Inbox
 from fabric.engine.loop import Engine
 from fabric.engine.steps import Steps, Wait
@@ -34,7 +32,6 @@ __all__ = ["CloseReport", "Member", "PeerInfo", "check_handler", "check_subscrip
 S = 1_000_000_000
 PROOF_S = 2.0
 """How long `subscribe` waits for push links that nobody repairs; their first marker takes milliseconds."""
-DEAD_LETTERS_KEPT_MAX = 1000
 P = TypeVar("P", bound=PublisherBase)
 
 
@@ -76,7 +73,6 @@ class Member(Generic[P]):
         self._publishers: dict[str, P] = {}
         self._numbers = itertools.count(1)
         self._requests = Requests(engine, self._numbers)
-        self._letters: deque[DeadLetter] = deque(maxlen=DEAD_LETTERS_KEPT_MAX)
         engine.bury = self._bury
 
     # Who is here.
@@ -209,15 +205,8 @@ class Member(Generic[P]):
 
     # Looking.
 
-    @property
-    def dead_letters(self) -> tuple[DeadLetter, ...]:
-        """The latest records that will not be delivered, with their reasons; at most 1,000, in memory."""
-        return tuple(self._letters)
-
     def _bury(self, message: Message, reason: str, detail: str) -> None:
-        lane = (message.source, message.topic, message.incarnation, message.seed, message.sequence, message.offset)
-        self._engine.counts["dead_letters"] += 1
-        self._letters.append(DeadLetter(*lane, reason, detail, message.attempt))
+        """A message became a dead letter."""
 
     def statistics(self) -> dict[str, int]:
         """Counters since the start: handled, dropped by each reason, repaired, resent, and moved by the transport."""
@@ -286,12 +275,11 @@ def check_subscription(
     return Options(manual, owning, chosen, name or "", None if cursor is None else parse_cursor(cursor))
 
 
-def check_handler(attempts: int, exhausted: str) -> None:
-    """The options of `on`. Raises `ConfigError`."""
-    if exhausted != "skip":
-        raise ConfigError('"park" needs the dead-letter store, which does not exist yet; use "skip"', field="exhausted")
+def check_handler(attempts: int, exhausted: str) -> bool:
+    """Whether lanes park, of the options of `on`. Raises `ConfigError`."""
     if attempts < 1:
         raise ConfigError("at least one", field="attempts")
+    return _choose("exhausted", exhausted, "skip", "park")
 
 
 def _choose(field_name: str, value: str, no: str, yes: str) -> bool:

@@ -13,7 +13,21 @@ if TYPE_CHECKING:
     from fabric.core.lanes import InboundFeed
     from fabric.core.wire import Burst
 
-__all__ = ["HeldMessage", "Message", "Reply", "Request", "TriedMessage", "plain_messages"]
+__all__ = ["HeldMessage", "Message", "RedrivenFeed", "Reply", "Request", "TriedMessage", "plain_messages"]
+
+
+class RedrivenFeed:
+    """What stands for the feed of a dead letter that comes again: the feed itself may be long over."""
+
+    __slots__ = ("floor", "incarnation", "letter", "parked", "source", "subscription", "topic")
+
+    latest = False
+
+    def __init__(
+        self, letter: int, subscription: int, source: str, topic: str, incarnation: int, offset: int, *, parked: bool
+    ) -> None:
+        self.letter, self.subscription, self.source, self.topic = letter, subscription, source, topic
+        self.incarnation, self.floor, self.parked = incarnation, offset, parked
 
 
 class Message:
@@ -27,13 +41,11 @@ class Message:
 
     attempt = 1
     """Which attempt of its handler this is, from 1."""
-    redelivered = False
-    """Whether it comes again, out of its place in its lane."""
 
     value: Any
     """What was published. Reading it raises `SchemaError` if it cannot be decoded."""
 
-    def __init__(self, burst: Burst, row: int, feed: InboundFeed, seed: int, sequence: int) -> None:
+    def __init__(self, burst: Burst, row: int, feed: InboundFeed | RedrivenFeed, seed: int, sequence: int) -> None:
         self._burst, self._row, self._feed = burst, row, feed
         self.seed = seed
         """The seed that it was published under."""
@@ -57,6 +69,12 @@ class Message:
             assert burst.payloads is not None, "an addressed record is handed over with its payload"
             return memoryview(burst.payloads[burst.first + row])
         return memoryview(burst.body(row))
+
+    @property
+    def redelivered(self) -> bool:
+        """Whether it is a dead letter that comes again, late: what followed it in its lane went on without it."""
+        feed = self._feed
+        return type(feed) is RedrivenFeed and not feed.parked
 
     @property
     def offset(self) -> int:
@@ -139,7 +157,7 @@ class HeldMessage(Message):
     __slots__ = ("_settle",)
 
     def __init__(
-        self, burst: Burst, row: int, feed: InboundFeed, settle: Callable[[Message, str | None], None]
+        self, burst: Burst, row: int, feed: InboundFeed | RedrivenFeed, settle: Callable[[Message, str | None], None]
     ) -> None:
         super().__init__(burst, row, feed, burst.columns[0][row], burst.columns[1][row])
         self._settle = settle
@@ -158,14 +176,15 @@ class TriedMessage(Message):
 
     __slots__ = ("attempt",)
 
-    def __init__(self, burst: Burst, row: int, feed: InboundFeed) -> None:
+    def __init__(self, burst: Burst, row: int, feed: InboundFeed | RedrivenFeed) -> None:
         super().__init__(burst, row, feed, burst.columns[0][row], burst.columns[1][row])
         self.attempt = 1
 
     @property
-    def lane(self) -> tuple[object, int]:
-        """The feed and the seed that it belongs to, inside this member."""
-        return self._feed, self.seed
+    def lane(self) -> tuple[str, str, int]:
+        """Source, topic and seed: its lane, whichever life of its publisher it comes from."""
+        feed = self._feed
+        return feed.source, feed.topic, self.seed
 
 
 class Request:

@@ -13,9 +13,10 @@ from fabric.core import events
 from fabric.core.cursors import Cursor, pack_cursor, parse_cursor
 from fabric.core.wire import TOMBSTONE, Drop
 from fabric.engine.inbox import Gap, Hand, Inbox
+from fabric.engine.letter_forms import Burial
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import ClosedError, ConfigError, PayloadError, ReceiveTimeoutError, WrongThreadError
-from fabric.message import HeldMessage, Message, plain_messages
+from fabric.message import HeldMessage, Message, RedrivenFeed, plain_messages
 from fabric.payloads import BYTES
 
 if TYPE_CHECKING:
@@ -33,6 +34,18 @@ class Options(NamedTuple):
     seeds: frozenset[int] | None
     name: str
     cursor: Cursor | None
+
+
+class _Verdict:
+    """What became of a message in the hand of an application that acknowledges by itself."""
+
+    __slots__ = ("at", "hand", "is_over", "reason")
+
+    def __init__(self, hand: Hand, at: int) -> None:
+        self.hand, self.at = hand, at
+        self.reason: str | None = None
+        self.is_over = True
+        """False while its letter is written."""
 
 
 class SubscriptionBase:
@@ -56,6 +69,12 @@ class SubscriptionBase:
         self._manual = options.manual
         self._unsettled: dict[tuple[object, int], deque[tuple[int, Hand, int]]] = {}
         self._newest: dict[tuple[object, int], int] = {}
+        self._settling = threading.Lock()
+        """Held to settle by hand: the storage thread does it too, for a letter that it has written."""
+        self._verdicts: dict[tuple[object, int], deque[_Verdict]] = {}
+        """Of each lane the oldest message that becomes a letter just now, and those behind it: they settle in order."""
+        self._name = engine.letters.claim(options.name or pattern)
+        engine.letters.bind(self._name, inbox)
         self._closed = False
         self.bytes_received = self.messages_received = 0
 
@@ -205,7 +224,8 @@ class SubscriptionBase:
             reason = Drop.SUPERSEDED
         if reason is not None:
             if self._manual:
-                hand.settle_one(at, reason)
+                with self._settling:
+                    hand.settle_one(at, reason)
             else:
                 hand.drop(reason)
             return None
@@ -231,7 +251,7 @@ class SubscriptionBase:
             self._engine.push()  # what was settled does not wait for the next message
             return False
         item = items.popleft()
-        self._hand, self._at, self._latest = Hand(item, self._engine.submit_later), -1, item.feed
+        self._hand, self._at, self._latest = self._engine.hand_of(item), -1, item.feed
         self.messages_received += len(self._hand.rows)
         self.bytes_received += item.size
         if item.feed.latest:
@@ -254,16 +274,47 @@ class SubscriptionBase:
     # Handling.
 
     def _settle_message(self, message: Message, reason: str | None) -> None:
-        lane = self._unsettled.get((message._feed, message.seed))
-        while lane and lane[0][0] <= message.offset:
-            offset, hand, at = lane.popleft()
-            last = offset == message.offset
-            hand.settle_one(at, reason if last and reason is None else Drop.REJECTED if last else None)
-        if not lane:
-            self._unsettled.pop((message._feed, message.seed), None)
-        if reason is not None:
-            self._engine.bury(message, Drop.REJECTED, reason)
+        key = message._feed, message.seed
+        rejected: _Verdict | None = None
+        with self._settling:
+            lane = self._unsettled.get(key)
+            while lane and lane[0][0] <= message.offset:
+                offset, hand, at = lane.popleft()
+                verdict = _Verdict(hand, at)
+                if offset == message.offset and reason is not None:
+                    verdict.reason, verdict.is_over = Drop.REJECTED, type(message._feed) is RedrivenFeed
+                    rejected = verdict
+                self._verdicts.setdefault(key, deque()).append(verdict)
+            if not lane:
+                self._unsettled.pop(key, None)
+            self._settle_verdicts(key)
+        if rejected is not None:
+            self._reject(message, key, rejected, Burial(Drop.REJECTED, reason or "", message.attempt))
         self._engine.push()
+
+    def _reject(self, message: Message, key: tuple[object, int], verdict: _Verdict, why: Burial) -> None:
+        engine, feed = self._engine, message._feed
+        if type(feed) is RedrivenFeed:
+            engine.letters.died_again(feed, why)
+            return
+
+        def on_written() -> None:
+            with self._settling:
+                verdict.is_over = True
+                self._settle_verdicts(key)
+            engine.bury(message, why.reason, why.detail)
+            engine.push()
+
+        engine.letters.bury(message, self._name, why, on_written)
+
+    def _settle_verdicts(self, key: tuple[object, int]) -> None:
+        """A lane settles as far as its letters are written (D1)."""
+        verdicts = self._verdicts.get(key)
+        while verdicts and verdicts[0].is_over:
+            verdict = verdicts.popleft()
+            verdict.hand.settle_one(verdict.at, verdict.reason)
+        if not verdicts:
+            self._verdicts.pop(key, None)
 
     def cursor(self) -> dict[str, list[Any]]:
         """Where this subscription stands, for the application to save with its own state.
@@ -320,6 +371,7 @@ class SubscriptionBase:
         if hand is not None and not self._manual:
             hand.settle_until(self._at)
         self._inbox.items.clear()
+        self._engine.letters.release(self._name)
         self._engine.inboxes.pop(self._inbox.number, None)
         if not self._engine.closed:
             self._engine.submit(events.SubscriptionClosed(self._inbox.number, forgotten))

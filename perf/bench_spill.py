@@ -5,6 +5,10 @@ the storage thread hands them over: header, two checksums, index and rotation in
 each other on the file system of the temporary directory, interleaved; what is written is released after each round, and
 no round begins with dirty pages of the one before.
 
+Beside it, with no peer: how many messages of a handler that raises become dead letters in a second, and how many of
+them are handled in a second once they are redriven; a round that loses one is broken. One member alone, values of
+256 bytes, 64 lanes; the store lies where it lies without a state directory, and is not synced.
+
 Envelope: XXH3 runs at 10 to 40 GB/s and costs a 1 MiB entry 3 to 10 % of its write; a 4 KiB entry costs about 1.3 us of
 Python (header, sums, index) beside 1.5 to 3 us for its share of the write.
 """
@@ -16,14 +20,19 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fabric.config import GIB, KIB, MIB, Spill
 from perf.harness import Budget, Contestant, Report, Row, compete, main, measured, teams
 
+if TYPE_CHECKING:
+    from fabric import Message
+
 CASES = ((MIB, 1), (4 * KIB, 256), (4 * KIB, 16))
 """Bytes of an entry, and entries in a group."""
 FEED = 7
+LETTERS = 10_000
+WAIT_S = 120.0
 
 
 class PlainWriter:
@@ -86,6 +95,68 @@ class FabricWriter:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
+class Buryer:
+    """A member whose handler raises, and then does not."""
+
+    def __init__(self, *, rank: int, meeting: Path) -> None:
+        self.meeting = meeting
+
+    def open(self) -> None:
+        from fabric import FabricConfig, join
+        from fabric.config import Letters
+
+        # All die of one reason, which is what the handler's fuse is there for: it is made large enough.
+        letters = Letters(same_reason_max=10**9)
+        self.fabric = join(FabricConfig(letters=letters, spill=Spill(directory=self.meeting / "base")))
+        self.failing, self.seen = True, []  # type: ignore[var-annotated]
+        self.fabric.on("jobs", attempts=1)(self.handle)
+
+    def handle(self, message: Message) -> None:
+        if self.failing:
+            raise ValueError("no")
+        self.seen.append(message.value)
+
+    def run(self, *, n: int) -> dict[str, Any]:
+        self.seen.clear()
+        self.failing, publisher, counts = True, self.fabric.publisher("jobs"), self.fabric.statistics
+        values = [number.to_bytes(256, "little") for number in range(n)]
+        buried, redriven = counts().get("dead_letters", 0) + n, counts().get("letters_redriven", 0) + n
+        start = time.perf_counter()
+        for number, value in enumerate(values):
+            publisher.publish(value, seed=number % 64)
+        self.wait("dead_letters", buried)
+        written = time.perf_counter()
+        self.failing = False
+        letters = self.fabric.dead_letters
+        letters.redrive(letters)
+        self.wait("letters_redriven", redriven)
+        end = time.perf_counter()
+        if sorted(self.seen) != sorted(values) or len(letters):
+            raise ValueError(f"{len(self.seen)} of {n} letters were handled, {len(letters)} are left")
+        return {"write_s": written - start, "redrive_s": end - written}
+
+    def wait(self, name: str, wanted: int) -> None:
+        deadline = time.perf_counter() + WAIT_S
+        while self.fabric.statistics().get(name, 0) < wanted:
+            if time.perf_counter() > deadline:
+                raise TimeoutError(f"{name} did not come to {wanted}: {self.fabric.statistics()}")
+            self.fabric.serve(0.005)
+
+    def close(self) -> None:
+        self.fabric.dead_letters.discard(self.fabric.dead_letters)
+        self.fabric.close()
+
+
+def bury(arguments: argparse.Namespace, report: Report) -> None:
+    """The rows of dead letters."""
+    n = LETTERS // 10 if arguments.quick else LETTERS
+    with teams([Contestant("fabric", ("perf.bench_spill:Buryer",))]) as players:
+        answers = compete(players, {"n": n}, rounds=arguments.rounds)
+        for what, key in (("written", "write_s"), ("redriven and handled", "redrive_s")):
+            rates = measured(answers, lambda seen, key=key: n / seen[0][key])  # type: ignore[misc]
+            report.rows.append(Row("letters", f"{n} dead letters {what}", "letters/s", rates))
+
+
 def run(arguments: argparse.Namespace) -> Report:
     report = Report()
     sides = {"plain": ("perf.bench_spill:PlainWriter",)}
@@ -99,6 +170,8 @@ def run(arguments: argparse.Namespace) -> Report:
             budget = Budget(0.8, peer="plain") if size == MIB else Budget(200_000, peer="")
             case = f"append of {size // KIB} KiB entries, {group} a group"
             report.rows.append(Row("spill", case, "entries/s", rates, budget))
+    if not arguments.raw_only:
+        bury(arguments, report)
     return report
 
 

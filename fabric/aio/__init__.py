@@ -17,13 +17,14 @@ from __future__ import annotations
 import os
 
 from fabric.aio.client import Fabric, in_thread
+from fabric.aio.letters import DeadLetter, DeadLetters
 from fabric.aio.publisher import Publisher
 from fabric.aio.subscription import Subscription
 from fabric.config import FabricConfig
-from fabric.engine.dispatch import DeadLetter
 from fabric.engine.inbox import Gap
 from fabric.errors import FabricError
 from fabric.joining import Entry, enter_job, enter_rank
+from fabric.letters import RedriveReport
 from fabric.member import CloseReport, PeerInfo
 from fabric.message import Message, Reply, Request
 from fabric.payloads import register
@@ -31,6 +32,7 @@ from fabric.payloads import register
 __all__ = [
     "CloseReport",
     "DeadLetter",
+    "DeadLetters",
     "Fabric",
     "FabricConfig",
     "FabricError",
@@ -38,6 +40,7 @@ __all__ = [
     "Message",
     "PeerInfo",
     "Publisher",
+    "RedriveReport",
     "Reply",
     "Request",
     "Subscription",

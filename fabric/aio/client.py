@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fabric.aio.driving import LoopDriver
 from fabric.aio.handlers import TaskDispatcher
+from fabric.aio.letters import DeadLetters
 from fabric.aio.publisher import LoopOutbox, Publisher
 from fabric.aio.subscription import Subscription
 from fabric.config import Policy, WhenFull
@@ -128,25 +129,32 @@ class Fabric(Member[LoopOutbox]):
 
         A coroutine function runs as a task, those of different lanes side by side; a plain function runs on the loop
         and must be short. One that raises is run again, `attempts` times in all, 0.1 s later and then twice as long
-        each time; after that the record is a dead letter and its lane goes on. Handlers run at any time, or in `step`,
-        `serve` and `request`.
+        each time; after that the record is a dead letter. `exhausted`: its lane goes on (`skip`), or waits for it
+        (`park`): what comes later in the lane joins it among the dead letters, and comes again in order once it is
+        redriven or given up. Handlers run at any time, or in `step`, `serve` and `request`.
 
         The next awaited call of this fabric waits until live members have confirmed. It raises what `subscribe` would.
         """
-        check_handler(attempts, exhausted)
+        parks = check_handler(attempts, exhausted)
 
         def decorate(function: Function) -> Function:
             self._driver.check()
             self._engine.require_open()
-            steps = self._opening(pattern, start, "reliable", None)
-            self._opened.append(self._driver.loop.create_task(self._add(steps, function, attempts)))
+            steps, name = self._opening(pattern, start, "reliable", None), self._engine.letters.claim(pattern)
+            self._opened.append(self._driver.loop.create_task(self._add(steps, function, name, attempts, parks)))
             return function
 
         return decorate
 
-    async def _add(self, steps: Steps[Inbox], function: Callable[..., Any], attempts: int) -> None:
-        inbox = await self._driver.run(steps)
-        self._dispatcher.add(function, inbox, attempts)
+    async def _add(
+        self, steps: Steps[Inbox], function: Callable[..., Any], name: str, attempts: int, parks: bool
+    ) -> None:
+        try:
+            inbox = await self._driver.run(steps)
+        except BaseException:
+            self._engine.letters.release(name)
+            raise
+        self._dispatcher.add(function, inbox, name, attempts, parks=parks)
 
     async def _confirm(self) -> None:
         """What `on` began is done."""
@@ -170,6 +178,11 @@ class Fabric(Member[LoopOutbox]):
             return function
 
         return decorate
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """What was not handled, with its reasons, oldest first; to be redriven or given up."""
+        return DeadLetters(self._engine, self._run)
 
     async def step(self, n: int) -> None:
         """Mark training step `n`.

@@ -77,12 +77,7 @@ class TaskDispatcher(Dispatcher):
 
     def run_one(self) -> bool:
         """Begin one handler for one message or request."""
-        self._claim_late()
-        if self._requests:
-            _, _, execute, payload = heappop(self._requests)
-            self._answer(execute, payload)
-            return True
-        return any(self._retry(handler) or self._advance(handler) for handler in self._handlers)
+        return self._run_next()
 
     def _advance(self, handler: Handler) -> bool:
         job = self._take(handler)
@@ -103,6 +98,12 @@ class TaskDispatcher(Dispatcher):
         waiting = handler.blocked[lane]
         while waiting and not self._closing.is_set():
             job = waiting[0]
+            admitted = None if self.engine.letters.is_idle else self._admit(handler, job)
+            if admitted is not None:
+                if not admitted:
+                    return
+                waiting.popleft()
+                continue
             result, error = self._run_handler(handler.function, job.message)
             if error is None and asyncio.iscoroutine(result):
                 self._begin(result, partial(self._on_handled, handler, job))
@@ -114,14 +115,11 @@ class TaskDispatcher(Dispatcher):
 
     def _end(self, handler: Handler, job: Job, error: BaseException | None) -> bool:
         """Whether the lane goes on."""
-        lane = job.message.lane
-        if self._settle(handler, job, error):
-            handler.blocked[lane].popleft()
-            self._driver.wake()  # what was settled leaves with the next turn
-            return True
-        self._try_again_later(handler, lane, job.message)
-        self._driver.wake()
-        return False
+        settled = self._settle(handler, job, error)
+        if settled:
+            handler.blocked[job.message.lane].popleft()
+        self._driver.wake()  # what was settled leaves with the next turn
+        return settled
 
     def _answer(self, execute: events.ExecuteRequest, payload: memoryview | None) -> None:
         result, error = self._run_handler(self._respond_to, (execute, payload))

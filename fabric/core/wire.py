@@ -115,6 +115,7 @@ class Drop(StrEnum):
     TOO_LARGE = "too_large"
     EXPIRED = "expired"
     REJECTED = "rejected"
+    PARKED = "parked"
     BLOCKED = "blocked"
 
 

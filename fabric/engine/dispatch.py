@@ -13,7 +13,6 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,15 +21,19 @@ import msgpack
 from fabric.config import Handlers
 from fabric.core import events
 from fabric.core.wire import ADDRESSED, TOMBSTONE, Drop, checksum_of, encode_descriptor
+from fabric.engine.fuse import Fuse
 from fabric.engine.inbox import Hand, Inbox
+from fabric.engine.letter_forms import Burial
 from fabric.errors import FabricError, PayloadError
-from fabric.message import Message, Request, TriedMessage
+from fabric.message import Message, RedrivenFeed, Request, TriedMessage
 from fabric.payloads import plan
+from fabric.storage.hand_page import key_of
+from fabric.storage.letter_rows import LetterKey
 
 if TYPE_CHECKING:
     from fabric.engine.loop import Engine
 
-__all__ = ["DeadLetter", "Dispatcher", "Handler", "Job", "Lane", "pack_value"]
+__all__ = ["Dispatcher", "Handler", "Job", "Lane", "pack_value"]
 
 log = logging.getLogger("fabric.handlers")
 
@@ -45,23 +48,8 @@ INLINE_BYTES_MAX = 64 * 1024
 """Values of requests and replies below this size travel in their frame."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
-    """A record that will not be delivered, and why. Kept in memory until the dead-letter store exists."""
-
-    source: str
-    topic: str
-    incarnation: int
-    seed: int
-    sequence: int
-    offset: int
-    reason: str
-    detail: str
-    attempts: int
-
-
-Lane = tuple[object, int]
-"""A feed and a seed."""
+Lane = tuple[str, str, int]
+"""Source, topic and seed."""
 
 
 class Job(NamedTuple):
@@ -72,21 +60,57 @@ class Job(NamedTuple):
     position: int
 
 
+class Buried(NamedTuple):
+    """A message whose letter is written. `leads`: its lane waits for that."""
+
+    handler: Handler
+    job: Job
+    why: Burial
+    leads: bool
+
+
 class Handler:
-    """One function on one pattern. `blocked`: lanes whose first message runs, or waits for its next attempt."""
+    """One function on one pattern.
 
-    __slots__ = ("attempts", "blocked", "function", "hand", "inbox", "position", "retries")
+    `name`: what its letters are kept under. `blocked`: lanes whose first message runs, waits for its next attempt, or
+    becomes a letter just now.
+    """
 
-    def __init__(self, function: Callable[[Message], object], inbox: Inbox, attempts: int) -> None:
-        self.function, self.inbox, self.attempts = function, inbox, attempts
+    __slots__ = (
+        "attempts",
+        "blocked",
+        "function",
+        "fuse",
+        "hand",
+        "inbox",
+        "name",
+        "parks",
+        "position",
+        "retries",
+    )
+
+    def __init__(
+        self, function: Callable[[Message], object], inbox: Inbox, name: str, attempts: int, *, parks: bool, fuse: Fuse
+    ) -> None:
+        self.function, self.inbox, self.name, self.attempts = function, inbox, name, attempts
+        self.parks, self.fuse = parks, fuse
         self.blocked: dict[Lane, deque[Job]] = {}
         self.retries: list[tuple[int, int, Lane]] = []
         self.hand: Hand | None = None
         self.position = 0
 
     def due_ns(self) -> int | None:
-        """When the next attempt is due."""
-        return self.retries[0][0] if self.retries else None
+        """When the next attempt is due, or the fuse is whole again."""
+        due_ns = self.retries[0][0] if self.retries else None
+        if self.fuse.until_ns and (self.hand is not None or self.inbox.items or due_ns is not None):
+            return max(due_ns or 0, self.fuse.until_ns)
+        return due_ns
+
+    def has_work(self, now: int) -> bool:
+        """Whether there is something to run now."""
+        if now < self.fuse.until_ns:
+            return False
+        return self.hand is not None or bool(self.inbox.items) or bool(self.retries and self.retries[0][0] <= now)
 
 
 class Dispatcher:
@@ -102,6 +126,8 @@ class Dispatcher:
         self._requests: list[tuple[int, int, events.ExecuteRequest, memoryview | None]] = []
         self._unclaimed: list[tuple[int, events.ExecuteRequest, memoryview | None]] = []
         """Requests of methods that have no responder yet, and until when they wait for one; oldest first."""
+        self._buried: deque[Buried] = deque()
+        """Messages whose letters are written: the storage thread adds, handlers' threads settle."""
         self._order = itertools.count()  # not an integer: the driver and the handlers count at once
         self._running = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -111,9 +137,13 @@ class Dispatcher:
             while engine.early:
                 self._take_request(*engine.early.pop(0))
 
-    def add(self, function: Callable[[Message], object], inbox: Inbox, attempts: int) -> None:
-        """Run a function for each message of an inbox."""
-        self._handlers.append(Handler(function, inbox, attempts))
+    def add(
+        self, function: Callable[[Message], object], inbox: Inbox, name: str, attempts: int, *, parks: bool
+    ) -> None:
+        """Run a function for each message of an inbox. `name`: as `Letters.claim` gave it."""
+        fuse = Fuse(self.engine.config.letters)
+        self.engine.letters.bind(name, inbox)
+        self._handlers.append(Handler(function, inbox, name, attempts, parks=parks, fuse=fuse))
         self._start()
 
     def respond(self, method: str, function: Callable[[Request], Any]) -> None:
@@ -172,15 +202,12 @@ class Dispatcher:
 
     def has_work(self) -> bool:
         """Whether `run_one` would run something now."""
-        if self._requests:
+        if self._requests or self._buried:
             return True
         now = self.engine.clock()
         if self._unclaimed and self._unclaimed[0][0] <= now:
             return True
-        for handler in self._handlers:
-            if handler.hand is not None or handler.inbox.items or (handler.retries and handler.retries[0][0] <= now):
-                return True
-        return False
+        return self.engine.letters.is_ready and any(handler.has_work(now) for handler in self._handlers)
 
     def due_ns(self) -> int | None:
         """When the next attempt of a failed message is due."""
@@ -194,14 +221,23 @@ class Dispatcher:
         if self._closing.is_set() or not self._running.acquire(blocking=False):
             return False
         try:
-            self._claim_late()
-            if self._requests:
-                _, _, execute, payload = heappop(self._requests)
-                self._answer(execute, payload)
-                return True
-            return any(self._retry(handler) or self._advance(handler) for handler in self._handlers)
+            return self._run_next()
         finally:
             self._running.release()
+
+    def _run_next(self) -> bool:
+        self._settle_buried()
+        self._claim_late()
+        if self._requests:
+            _, _, execute, payload = heappop(self._requests)
+            self._answer(execute, payload)
+            return True
+        if not self.engine.letters.is_ready:
+            return False
+        now = self.engine.clock()
+        return any(
+            self._retry(handler) or self._advance(handler) for handler in self._handlers if now >= handler.fuse.until_ns
+        )
 
     def _claim_late(self) -> None:
         """Requests that waited in vain for a responder are answered, too: that there is none."""
@@ -234,9 +270,7 @@ class Dispatcher:
         if job is None:
             return False
         if not self._attempt(handler, job):
-            lane = job.message.lane
-            handler.blocked[lane] = deque([job])
-            self._try_again_later(handler, lane, job.message)
+            handler.blocked[job.message.lane] = deque([job])
         if handler.hand is None:
             self.engine.push()
         return True
@@ -248,7 +282,7 @@ class Dispatcher:
             if hand is None:
                 if not handler.inbox.items:
                     return None
-                hand = handler.hand = Hand(handler.inbox.items.popleft(), self.engine.submit_later)
+                hand = handler.hand = self.engine.hand_of(handler.inbox.items.popleft())
                 handler.position = 0
             position, item = handler.position, hand.item
             handler.position += 1
@@ -271,7 +305,6 @@ class Dispatcher:
         waiting = handler.blocked[lane]
         while waiting:
             if not self._attempt(handler, waiting[0]):
-                self._try_again_later(handler, lane, waiting[0].message)
                 break
             waiting.popleft()
         else:
@@ -284,6 +317,10 @@ class Dispatcher:
         heappush(handler.retries, (due_ns, next(self._order), lane))
 
     def _attempt(self, handler: Handler, job: Job) -> bool:
+        """Whether the lane goes on: the message is settled, or will be whatever the lane does. Else it waits."""
+        admitted = None if self.engine.letters.is_idle else self._admit(handler, job)
+        if admitted is not None:
+            return admitted
         return self._settle(handler, job, self._run_handler(handler.function, job.message)[1])
 
     def _run_handler(self, function: Callable[[Any], Any], argument: object) -> tuple[Any, BaseException | None]:
@@ -293,20 +330,89 @@ class Dispatcher:
         except self._outcomes as error:  # round a user's handler: whatever it raises is its outcome
             return None, error
 
+    def _admit(self, handler: Handler, job: Job) -> bool | None:
+        """None if the handler is to run now; else whether the lane goes on without that."""
+        message, letters = job.message, self.engine.letters
+        key = _key(handler, message)
+        if type(message._feed) is not RedrivenFeed:
+            known = letters.earlier.get(key)
+            if known is not None:  # a record that has a letter is not handled again
+                job.hand.settle_one(job.position, known)
+                return True
+            if handler.parks and letters.is_parked(handler.name, message.lane):
+                self._bury(handler, job, Burial(Drop.PARKED, "it waits for those before it", 0, True), leads=False)
+                return True
+        page = letters.page
+        if page is not None:
+            deaths = page.begin(key_of(key))
+            message.attempt = max(message.attempt, deaths + 1)
+            if deaths >= handler.attempts:
+                detail = f"its process died {deaths} times with this message in hand"
+                return self._give_up(handler, job, Burial(Drop.HANDLER_EXHAUSTED, detail, deaths, handler.parks))
+            page.note(key_of(key), message.attempt)
+        return None
+
     def _settle(self, handler: Handler, job: Job, error: BaseException | None) -> bool:
-        """Whether the message is settled: handled, or a dead letter. Otherwise it is to be tried again."""
+        """Whether the message is settled, after its handler ran. Otherwise it is tried again, or becomes a letter."""
         message, hand, position = job
         if error is None:
+            handler.fuse.hold()
+            self._forget(handler, message)
             hand.settle_one(position)
             return True
         reason = _reason_of(message)
         if reason is None and message.attempt < handler.attempts:
             message.attempt += 1
+            self._try_again_later(handler, message.lane, message)
             return False
-        detail = f"{type(error).__name__}: {error}"[:FAILURE_TEXT_MAX]
-        self.engine.bury(message, reason or Drop.HANDLER_EXHAUSTED, detail)
-        hand.settle_one(position, reason or Drop.HANDLER_EXHAUSTED)
+        reason, kind = reason or Drop.HANDLER_EXHAUSTED, type(error).__name__
+        if handler.fuse.burn(f"{reason}: {kind}", self.engine.clock()):
+            self.engine.counts["handlers_paused"] += 1
+            pause_s = self.engine.config.letters.pause_s
+            log.error("all messages of %s die of %s: it pauses for %g s", handler.name, kind, pause_s)
+        why = Burial(reason, f"{kind}: {error}"[:FAILURE_TEXT_MAX], message.attempt, handler.parks)
+        return self._give_up(handler, job, why)
+
+    def _give_up(self, handler: Handler, job: Job, why: Burial) -> bool:
+        """It is a letter from now on, or still one; whether that is written already."""
+        feed: Any = job.message._feed
+        if type(feed) is not RedrivenFeed:
+            self._bury(handler, job, why, leads=True)
+            return False
+        self._forget(handler, job.message)
+        self.engine.letters.died_again(feed, why)
+        job.hand.settle_one(job.position, why.reason)
         return True
+
+    def _bury(self, handler: Handler, job: Job, why: Burial, *, leads: bool) -> None:
+        """Have a letter written; it settles when that is done (D1)."""
+        buried = Buried(handler, job, why, leads)
+
+        def then() -> None:
+            self._buried.append(buried)
+            self.engine.on_progress()
+
+        self.engine.letters.bury(job.message, handler.name, why, then)
+
+    def _settle_buried(self) -> None:
+        """The letters of these are written: their lanes go on."""
+        while self._buried:
+            handler, job, why, leads = self._buried.popleft()
+            message = job.message
+            self._forget(handler, message)
+            self.engine.bury(message, why.reason, why.detail)
+            job.hand.settle_one(job.position, why.reason)
+            if leads:
+                handler.blocked[message.lane].popleft()
+                heappush(handler.retries, (self.engine.clock(), next(self._order), message.lane))
+            if not self._buried:
+                self.engine.push()
+
+    def _forget(self, handler: Handler, message: Message) -> None:
+        """It is out of the hand."""
+        page = self.engine.letters.page
+        if page is not None:
+            page.forget(key_of(_key(handler, message)))
 
     # Requests.
 
@@ -347,6 +453,10 @@ class Dispatcher:
         self.engine.on_progress()
         if self._thread is not None and not self.is_current:
             self._thread.join(timeout=timeout_s)
+
+
+def _key(handler: Handler, message: Message) -> LetterKey:
+    return handler.name, message.source, message.incarnation, message.topic, message.offset
 
 
 def _reason_of(message: Message) -> str | None:

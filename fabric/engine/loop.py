@@ -23,10 +23,12 @@ from fabric.core.wire import Drop, feed_prefix
 from fabric.engine.assembling import Assemblies
 from fabric.engine.budget import Budget
 from fabric.engine.devices import Devices
-from fabric.engine.inbox import Inbox
+from fabric.engine.inbox import Hand, Inbox
+from fabric.engine.letters import Letters
 from fabric.engine.outbox import Outbox
 from fabric.engine.storing import NoStore, Store
 from fabric.errors import BrokenError, ClosedError, WrongProcessError
+from fabric.message import RedrivenFeed
 from fabric.payloads import BufferPool
 from transports import Endpoints, Link, PeerUnreachableError, SendBlockedError, Transport, TransportError
 
@@ -77,7 +79,7 @@ class Engine:
         self.outboxes: list[Outbox] = []
         self.on_connect: Callable[[Card], None] = lambda card: None
         self.bury: Callable[[Any, str, str], None] = lambda message, reason, detail: None
-        """Where dead letters go: (message, reason, detail)."""
+        """Told of every message that became a dead letter: (message, reason, detail)."""
         self.early: list[tuple[events.ExecuteRequest, memoryview | None]] = []
         """Requests that came before there was anybody to run them."""
         self.on_request: Callable[[events.ExecuteRequest, memoryview | None], None] = self._keep_request
@@ -110,6 +112,7 @@ class Engine:
         self.stateless = ""
         """Why this member has no state that outlives it; empty if it has."""
         self.wall_ns: Callable[[], int] = time.time_ns
+        self.letters = Letters(self)
         self.devices = Devices(config.inboxes.assembly_bytes_max)
         self.probe: Callable[[Card], bool] = lambda card: False
         """Whether the process of this card, on this host, is proven dead."""
@@ -126,7 +129,7 @@ class Engine:
             events.DisconnectPeer: self._disconnect,
             events.BeginFeed: lambda c: self._tell(c.subscription, Inbox.begin_feed, c),
             events.EndFeed: lambda c: self._tell(c.subscription, Inbox.end_feed, c),
-            events.ReportGap: lambda c: self._tell(c.subscription, Inbox.report_gap, c),
+            events.ReportGap: self._report_gap,
             events.BeginPayload: self._assemblies.begin,
             events.PlaceChunk: self._place_chunk,
             events.FinishPayload: self._finish_payload,
@@ -152,6 +155,11 @@ class Engine:
     def submit_later(self, event: object) -> None:
         """Hand an event over that may wait for the next turn."""
         self._submitted.append(event)
+
+    def hand_of(self, item: events.Deliver) -> Hand:
+        """What was delivered, for the application's hand: what is settled there is told to the core, or the letters."""
+        feed: Any = item.feed
+        return Hand(item, self.letters.settled if type(feed) is RedrivenFeed else self.submit_later)
 
     def push(self) -> None:
         """Handle what was submitted, unless somebody drives: he will, before he lets go."""
@@ -297,6 +305,7 @@ class Engine:
         for outbox in self.outboxes:
             outbox.abandon()
         self.store.abandon()
+        self.letters.abandon()
         self.transport.abandon()
 
     def require_open(self) -> None:
@@ -329,6 +338,10 @@ class Engine:
         inbox = self.inboxes.get(subscription)
         if inbox is not None:
             method(inbox, command)
+
+    def _report_gap(self, command: events.ReportGap) -> None:
+        self._tell(command.subscription, Inbox.report_gap, command)
+        self.letters.notice(command)
 
     def _deliver(self, command: events.Deliver) -> None:
         inbox = self.inboxes.get(command.subscription)
@@ -452,4 +465,5 @@ class Engine:
             self.closed = True
             self.transport.close(linger_s)
         self.store.close()
+        self.letters.close()
         self.on_progress()

@@ -26,6 +26,7 @@ from fabric.core.disk import (
     WriteFailed,
     WriteFinished,
 )
+from fabric.engine.lettering import LetterWish
 from fabric.errors import SpillError, SpillFullError
 from fabric.storage.records import Entry, Kind
 from fabric.storage.state import FeedName
@@ -39,7 +40,7 @@ __all__ = ["NoStore", "Store", "Storekeeper", "ThreadedStore", "recovered"]
 
 log = logging.getLogger("fabric.storage")
 
-Wish: TypeAlias = AppendRecords | LoadRecords | ReleaseRecords | SaveRegistrations
+Wish: TypeAlias = AppendRecords | LoadRecords | ReleaseRecords | SaveRegistrations | LetterWish
 Outcome: TypeAlias = WriteFinished | WriteFailed | RecordsLoaded | RecordsExpired
 
 AT_ONCE_MAX = 256
@@ -50,6 +51,8 @@ EXPIRY_NS = 1_000_000_000
 """Between two looks for what is too old: ages are hours."""
 IDLE_S = 10.0
 """The thread looks so often for what is too old, though nobody asks for anything."""
+RETRY_S = 1.0
+"""... and so often while something was refused that will be tried again."""
 ENDING_S = 2.0
 """A close waits no longer for a disk that hangs."""
 
@@ -71,6 +74,27 @@ class Store(Protocol):
         """In a forked child: let go of the parent's files without touching them."""
 
 
+class Keeper(Protocol):
+    """Who does what is asked for, on one thread."""
+
+    @property
+    def error(self) -> SpillError | None:
+        """Why the last write was refused; None if it was not."""
+
+    @property
+    def is_retrying(self) -> bool:
+        """Whether something that was refused will be tried again soon."""
+
+    def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
+        """All of them, in order."""
+
+    def close(self) -> None:
+        """No more."""
+
+    def abandon(self) -> None:
+        """In a forked child."""
+
+
 class Storekeeper:
     """Does what is asked for with a spill log, which begins with the first write. Not thread-safe.
 
@@ -89,6 +113,7 @@ class Storekeeper:
         self._log: SpillLog | None = state.log if state is not None else None
         self._named: set[int] = set()
         self.error: SpillError | None = None
+        self.is_retrying = False
 
     def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
         """All of them, in order; appends that follow each other are one write."""
@@ -272,7 +297,7 @@ class NoStore:
 class ThreadedStore:
     """The storage thread. It begins with the first wish."""
 
-    def __init__(self, engine: Engine, keeper: Storekeeper) -> None:
+    def __init__(self, engine: Engine, keeper: Keeper) -> None:
         self._engine, self._keeper = engine, keeper
         self._wishes: SimpleQueue[Wish | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -298,18 +323,18 @@ class ThreadedStore:
 
     def _work(self) -> bool:
         """What is asked for now, or next; false at the end."""
-        wishes = self._next()
-        for outcome in self._keeper.work(wishes or ()):
+        wishes, ended = self._next()
+        for outcome in self._keeper.work(wishes):
             self._engine.submit(outcome)
-        return wishes is not None
+        return not ended
 
-    def _next(self) -> list[Wish] | None:
-        """Wait for a wish; it, and those that wait behind it. None at the end, and now and then nothing."""
+    def _next(self) -> tuple[list[Wish], bool]:
+        """Wait for a wish; it, and those that wait behind it: now and then nothing. And whether it is the end."""
         wishes: list[Wish] = []
         try:
-            wish = self._wishes.get(timeout=IDLE_S)
+            wish = self._wishes.get(timeout=RETRY_S if self._keeper.is_retrying else IDLE_S)
         except Empty:
-            return wishes
+            return wishes, False
         while wish is not None:
             wishes.append(wish)
             if len(wishes) == AT_ONCE_MAX:
@@ -318,9 +343,9 @@ class ThreadedStore:
                 wish = self._wishes.get_nowait()
             except Empty:
                 break
-        if wish is None:
-            return None
-        return wishes
+        if wish is None:  # what spills is not needed any more; letters are
+            return [wish for wish in wishes if isinstance(wish, LetterWish)], True
+        return wishes, False
 
     def close(self) -> None:
         """No more; what is in the log is not needed any longer. Twice is once."""

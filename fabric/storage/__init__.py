@@ -6,6 +6,10 @@
     recovering.py  what is in a directory; reads only
     segments.py    the files: made, written, closed, deleted, and their ceilings
     spill.py       the log: append, read, release, sync
+    letter_rows.py   a dead letter as a row of SQLite, with a checksum of its own
+    dead_letters.py  the store of dead letters
+    salvage.py       what can be read of a damaged one
+    hand_page.py     what is in hand, in a page that survives its process
 
 One thread at a time; there is no lock here.
 """

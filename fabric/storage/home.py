@@ -12,20 +12,25 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_hexdigest
 
-from fabric.config import Spill
+from fabric.config import Letters, Spill
 from fabric.errors import SpillError, StateDirectoryError
 from fabric.storage.disk import OS_DISK, Directory, Disk
+from fabric.storage.letter_rows import LETTERS_LOCK
 from fabric.storage.segments import LOCK
 from fabric.storage.spill import SpillLog
 
-__all__ = ["base_of", "open_home", "state_home", "sweep"]
+if TYPE_CHECKING:
+    from fabric.storage.dead_letters import DeadLetterStore
+
+__all__ = ["base_of", "open_home", "open_letters", "state_home", "sweep"]
 
 log = logging.getLogger("fabric.storage")
 
-_NAME = re.compile(r"life-[0-9a-f]{16}")
+_NAME = re.compile(r"(?:life|letters)-[0-9a-f]{16}")
 
 
 def base_of(limits: Spill) -> Path:
@@ -44,12 +49,29 @@ def base_of(limits: Spill) -> Path:
 
 def open_home(limits: Spill, job: str, name: str, incarnation: int, *, disk: Disk = OS_DISK) -> SpillLog:
     """The log of one life of a member. Raises as `SpillLog.open`."""
+    path = _private(limits, "life", job, name, incarnation, disk)
+    return SpillLog.open(path, limits, disk=disk, incarnation=incarnation)
+
+
+def open_letters(
+    limits: Spill, letters: Letters, job: str, name: str, incarnation: int, directory: Path | None = None
+) -> DeadLetterStore:
+    """The dead letters of one life of a member, beside its log; or those of all its lives, in a given directory.
+
+    Raises as `DeadLetterStore.open`.
+    """
+    from fabric.storage.dead_letters import DeadLetterStore  # only who has a letter needs SQLite
+
+    path = directory or _private(limits, "letters", job, name, incarnation, OS_DISK)
+    return DeadLetterStore.open(path, letters, durable=directory is not None)
+
+
+def _private(limits: Spill, kind: str, job: str, name: str, incarnation: int, disk: Disk) -> Path:
     base = base_of(limits)
-    disk.enter(
-        base
-    ).close()  # it has to be private, too: who may rename in it could put another log in the place of ours
+    # It has to be private, too: who may rename in it could put another log in the place of ours.
+    disk.enter(base).close()
     key = xxh3_64_hexdigest(f"{job}\0{name}\0{incarnation}".encode())
-    return SpillLog.open(base / f"life-{key}", limits, disk=disk, incarnation=incarnation)
+    return base / f"{kind}-{key}"
 
 
 def state_home(directory: Path | None, job: str, name: str, *, base: Path | None = None, disk: Disk = OS_DISK) -> Path:
@@ -108,8 +130,9 @@ def _remove(path: Path, disk: Disk) -> bool:
 
 
 def _remove_files(directory: Directory) -> None:
-    with contextlib.closing(directory.open(LOCK, create=True)) as lock:
-        lock.lock()
+    with contextlib.ExitStack() as held:
+        for name in (LOCK, LETTERS_LOCK):
+            held.enter_context(contextlib.closing(directory.open(name, create=True))).lock()
         for name in directory.names():
             directory.unlink(name)
         directory.remove()

@@ -25,9 +25,11 @@ from fabric.storage.recovering import Damage
 from fabric.storage.segments import write_all
 from fabric.storage.spill import SpillLog
 
-__all__ = ["FeedName", "KeptFeed", "MemberState", "read_owner"]
+__all__ = ["LETTERS", "FeedName", "KeptFeed", "MemberState", "read_owner"]
 
 LIFE, REGISTRATIONS = "life", "registrations"
+LETTERS = "letters"
+"""The directory of the dead letters; it is not there without any."""
 _NEW = ".new"
 _FILE_BYTES_MAX = 16 * 1024 * 1024
 """A million registrations or lives; what is larger is none of ours."""
@@ -215,7 +217,7 @@ class MemberState:
             SpillError: the end could not be written or synced, or a file could not be deleted. All is closed the same.
         """
         try:
-            if self.kept or self.log.entries or self._is_owed:
+            if self.kept or self.log.entries or self._is_owed or LETTERS in self._directory.names():
                 self.log.close()
             else:
                 self._destroy()

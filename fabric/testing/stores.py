@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from fabric.core.disk import LoadRecords, RecordsExpired
+from fabric.engine.lettering import Desk, LetterKeeper
 from fabric.engine.loop import Engine
 from fabric.engine.storing import Outcome, Storekeeper, Wish
-from fabric.errors import SpillError
+from fabric.errors import LetterStoreFullError, SpillError
+from fabric.storage.dead_letters import DeadLetterStore
 from fabric.storage.spill import SpillLog
 from fabric.testing.disks import FakeDisk
 
@@ -27,9 +31,23 @@ class DiskPlan:
     delay_ms: float = 0.0
     """The longest that a disk takes for what it is asked."""
     refusals: float = 0.0
-    """Probability that a write finds the disk full."""
+    """Probability that a write finds the disk full: of spilled bursts, and of dead letters."""
     damage: float = 0.0
     """Probability that, before it reads, the disk flips a bit somewhere, or that a read fails."""
+
+
+class _WorldLetters(DeadLetterStore):
+    """A store in memory that now and then finds its disk full."""
+
+    is_refusing: Callable[[], bool]
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """As `DeadLetterStore.transaction`."""
+        if self.is_refusing():
+            raise LetterStoreFullError("the disk is full", directory=self.where, used=self.bytes)
+        with super().transaction():
+            yield
 
 
 class WorldStore:
@@ -40,7 +58,9 @@ class WorldStore:
         self.disk = FakeDisk()
         self.is_harmed = False
         """Whether it was ever damaged: only then may it lose what it took."""
-        self._keeper = Storekeeper(engine.card.incarnation, self._open, engine.wall_ns)
+        letters = LetterKeeper(self._open_letters, engine.clock)
+        letters.refused, letters.damaged = engine.letters.on_refused, engine.letters.on_damaged
+        self._keeper = Desk(Storekeeper(engine.card.incarnation, self._open, engine.wall_ns), letters)
         self._wishes: deque[tuple[int, Wish]] = deque()
 
     def _open(self) -> SpillLog:
@@ -54,6 +74,12 @@ class WorldStore:
             identity=lambda size: rng.getrandbits(8 * size).to_bytes(size, "little"),
         )
 
+    def _open_letters(self) -> DeadLetterStore:
+        letters = _WorldLetters.open(None, self._engine.config.letters, durable=False)
+        assert isinstance(letters, _WorldLetters)
+        letters.is_refusing = lambda: self._rng.random() < self._plan.refusals
+        return letters
+
     @property
     def error(self) -> SpillError | None:
         """Why the last write was refused; None if it was not."""
@@ -65,8 +91,9 @@ class WorldStore:
         self._wishes.append((max(due_ns, self._wishes[-1][0] if self._wishes else 0), wish))
 
     def next_due_ns(self) -> int | None:
-        """When it is done with something next."""
-        return self._wishes[0][0] if self._wishes else None
+        """When it is done with something next, or tries again what it refused."""
+        dues = (self._wishes[0][0] if self._wishes else None, self._keeper.letters.due_ns)
+        return min((due for due in dues if due is not None), default=None)
 
     def work(self, now_ns: int) -> bool:
         """Be done with what is due; whether there was something."""
@@ -76,7 +103,14 @@ class WorldStore:
         for outcome in self._done(due):
             self.is_harmed |= isinstance(outcome, RecordsExpired)
             self._engine.submit(outcome)
-        return bool(due)
+        return bool(due) or self._try_again(now_ns)
+
+    def _try_again(self, now_ns: int) -> bool:
+        letters = self._keeper.letters
+        due = letters.due_ns is not None and letters.due_ns <= now_ns
+        if due:
+            letters.work(())
+        return due
 
     def _done(self, wishes: list[Wish]) -> list[Outcome]:
         if wishes and self._rng.random() < self._plan.refusals:

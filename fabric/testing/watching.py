@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fabric.client import Fabric, Publisher
 from fabric.config import Policy, WhenFull
 from fabric.engine.inbox import Inbox
-from fabric.message import Message
+from fabric.message import Message, RedrivenFeed
 from fabric.subscription import Subscription
 from fabric.topics import check_seed
 
@@ -73,6 +73,8 @@ class WatchedSubscription(Subscription):
         return list(map(self._note, messages))
 
     def _note(self, message: Message) -> Message:
+        if type(message._feed) is RedrivenFeed:
+            return message  # the history has it as a letter
         self.history.received(self.book, message)
         return message
 
@@ -115,6 +117,8 @@ class WatchedFabric(Fabric):
 
         def decorate(function: Function) -> Function:
             def watched(message: Message) -> object:
+                if type(message._feed) is RedrivenFeed:
+                    return function(message)
                 book = self.history.subscriptions[(*life.key, message._feed.subscription)]
                 book.by_handler = True
                 try:

@@ -240,7 +240,6 @@ RESERVED: dict[str, tuple[str, str, Callable[[Fabric], object]]] = {
     "unsettled": ("cursor", "does not stand", lambda f: f.subscribe("a", name="b", cursor={"r/t": [1, 5, [[3, 4]]]})),
     "best effort": ("delivery", "owed nothing", lambda f: f.subscribe("a", name="b", delivery="best_effort")),
     "commit": ("cursor", "opened without", lambda fabric: fabric.subscribe("a", name="b").commit({})),
-    "park": ("exhausted", "does not exist yet", lambda fabric: fabric.on("a", exhausted="park")),
 }
 
 

@@ -420,4 +420,4 @@ def test_after_close_everything_says_closed(tmp_path: Path) -> None:
     fabric.serve(10)
     assert fabric.name == "rank-0"
     assert isinstance(fabric.statistics(), dict)
-    assert fabric.dead_letters == ()
+    assert list(fabric.dead_letters) == []

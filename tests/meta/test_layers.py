@@ -18,7 +18,7 @@ FLOORS = (
     {"fabric.core", "fabric.storage", "fabric.rendezvous", "fabric.security"},
     {"fabric.message"},
     {"fabric.engine"},
-    {"fabric.subscription", "fabric.publisher", "fabric.requests"},
+    {"fabric.subscription", "fabric.publisher", "fabric.requests", "fabric.letters"},
     {"fabric.member"},
     {"fabric.client"},
     {"fabric.joining"},

@@ -55,6 +55,8 @@ def test_only_waiting_and_fullness_can_be_tried_again() -> None:
         "RequestTimeoutError",
         "SpillFullError",
         "SpillLockedError",
+        "LetterStoreFullError",
+        "LetterStoreLockedError",
     }
 
 

@@ -6,12 +6,13 @@ import errno
 import os
 import stat
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from fabric.config import Spill
+from fabric.config import Letters, Spill
 from fabric.core.disk import (
     AppendRecords,
     LoadedBurst,
@@ -22,9 +23,10 @@ from fabric.core.disk import (
     WriteFailed,
     WriteFinished,
 )
-from fabric.engine.storing import EXPIRY_NS, NoStore, Storekeeper, ThreadedStore
+from fabric.engine.lettering import RemoveLetter
+from fabric.engine.storing import EXPIRY_NS, NoStore, Outcome, Storekeeper, ThreadedStore
 from fabric.errors import SpillBrokenError, SpillFullError, StateDirectoryError
-from fabric.storage.home import base_of, open_home, sweep
+from fabric.storage.home import base_of, open_home, open_letters, sweep
 from fabric.storage.spill import SpillLog
 from fabric.testing.disks import FakeDisk
 from tests.harness.spills import WHERE, Clock, small
@@ -333,3 +335,54 @@ def test_an_idle_member_looks_for_what_is_too_old(monkeypatch: pytest.MonkeyPatc
     kept.clock.now_ns += 12_000_000_000
     until(lambda: told[1:] == [RecordsExpired(FEED, 0, 1)])
     store.close()
+
+
+class Slow:
+    """A keeper that is told when to go on, and notes what it was asked."""
+
+    error = None
+    is_retrying = False
+
+    def __init__(self) -> None:
+        self.go, self.asked = threading.Event(), []  # type: ignore[var-annotated]
+
+    def work(self, wishes: Iterable[object]) -> list[Outcome]:
+        self.asked.append([type(wish) for wish in wishes])
+        assert self.go.wait(10)
+        return []
+
+    def close(self) -> None:
+        self.asked.append(["closed"])
+
+    def abandon(self) -> None:
+        """Nothing."""
+
+
+def test_letters_that_wait_are_written_at_the_end_and_what_spills_is_not() -> None:
+    keeper = Slow()
+    store = ThreadedStore(engine_of("rank-0"), keeper)
+    store.ask(append(1))
+    until(lambda: keeper.asked)
+    store.ask(append(2))
+    store.ask(RemoveLetter(1))
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    until(lambda: store._thread is None and not store._wishes.empty())
+    keeper.go.set()
+    closing.join(10)
+    assert keeper.asked == [[AppendRecords], [RemoveLetter], ["closed"]]
+
+
+def test_letters_of_a_killed_member_are_swept_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
+    limits = Spill(directory=tmp_path / "base")
+    killed = open_letters(limits, Letters(), "job", "rank-0", 1)
+    living = open_letters(limits, Letters(), "job", "rank-0", 2)
+    assert sweep(limits) == 0
+    killed.close()
+    assert sweep(limits) == 1
+    assert len(os.listdir(tmp_path / "base")) == 1
+    living.destroy()
+    assert os.listdir(tmp_path / "base") == []
+    kept = open_letters(limits, Letters(), "job", "rank-0", 3, tmp_path / "state")
+    kept.close()
+    assert sweep(limits) == 0 and (tmp_path / "state").exists()
