@@ -23,7 +23,7 @@ from tests.harness.waiting import until
 
 CLONE_NEWNET = 0x40000000
 WATCHFUL = replace(
-    FabricConfig(), listen="tcp://127.0.0.1", liveness=Liveness(heartbeat_ms=100, suspect_s=1.0, down_s=2.0)
+    FabricConfig(), listen="tcp://127.0.0.1", liveness=Liveness(heartbeat_ms=100, suspect_s=1.5, down_s=2.0)
 )
 SEEDS, EACH, RESETS = 3, 100, 10
 
@@ -136,7 +136,7 @@ def test_f14_both_ends_of_a_dead_connection_notice_and_go_on_when_it_lives() -> 
 
 
 LARGE = bytes(range(256)) * (4 * 1024 * 4)
-"""4 MiB: two seconds at 2 MB/s, twice the silence that makes a peer suspect."""
+"""4 MiB: two seconds at 2 MB/s, longer than the silence that makes a peer suspect."""
 
 
 def send_a_large_value_through_a_thin_link(parent: Parent) -> None:

