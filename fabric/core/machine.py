@@ -245,7 +245,7 @@ class FabricCore:
             return
         self.members.sender_of(message, None)
         if new is not None:
-            peer.hello_due_ns = self.context.now + peer.hello_wait_ns
+            peer.hello = peer.hello.postponed(self.context.now)
         for registration in message.fields[11]:
             self.publishing.register(peer, registration)
         if new is not None or message.fields[10] != self.context.incarnation:

@@ -54,7 +54,7 @@ def by_signal(parent: Parent, fabric: Fabric) -> None:
 def by_signal_outside_with(parent: Parent, fabric: Fabric) -> None:
     parent.say(ready=True)
     while True:
-        time.sleep(0.1)  # short: a signal between the interpreter's last look and its sleep is seen after the sleep only
+        time.sleep(0.1)  # short: a signal between the interpreter's last look and its sleep is seen only after it
 
 
 def by_exit_without_close(parent: Parent, fabric: Fabric) -> None:
