@@ -20,6 +20,7 @@ from fabric.engine.inbox import Gap
 from fabric.errors import FabricError
 from fabric.joining import join, observe
 from fabric.message import Message, Reply, Request
+from fabric.observe.ledger import Ledger
 from fabric.payloads import register
 from fabric.subscription import Subscription
 
@@ -30,6 +31,7 @@ __all__ = [
     "FabricConfig",
     "FabricError",
     "Gap",
+    "Ledger",
     "Message",
     "PeerInfo",
     "Publisher",

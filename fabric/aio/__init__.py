@@ -24,6 +24,7 @@ from fabric.errors import FabricError
 from fabric.joining import Entry, enter_job, enter_rank
 from fabric.member import CloseReport, PeerInfo
 from fabric.message import Message, Reply, Request
+from fabric.observe.ledger import Ledger
 from fabric.payloads import register
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "FabricConfig",
     "FabricError",
     "Gap",
+    "Ledger",
     "Message",
     "PeerInfo",
     "Publisher",

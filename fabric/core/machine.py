@@ -13,6 +13,7 @@ from typing import Any
 
 from fabric.config import FabricConfig
 from fabric.core import events
+from fabric.core.books import Books, Reckoning
 from fabric.core.events import Buffer, Card, DisconnectPeer, SendBulk
 from fabric.core.exchange import Exchange
 from fabric.core.fetching import Fetching
@@ -41,7 +42,8 @@ class FabricCore:
         self.members = Members(self.context)
         self.fetching = Fetching(self.context)
         self.publishing = Publishing(self.context, self.members)
-        self.subscribing = Subscribing(self.context, self.members, self.fetching)
+        self.books = Books(self.context, self.members, self.publishing)
+        self.subscribing = Subscribing(self.context, self.members, self.fetching, self.books)
         self.following = self.subscribing.following
         self.exchange = Exchange(self.context, self.members, self.fetching)
         self.members.in_use = self.subscribing.knows
@@ -76,6 +78,7 @@ class FabricCore:
             events.PeerDied: self._on_peer_died,
             events.RosterAsked: self._on_roster_asked,
             events.IntakeStopped: self._on_intake_stopped,
+            events.BooksWanted: lambda event: self.books.ask(),
             events.WriteFinished: self.publishing.spilling.on_finished,
             events.WriteFailed: self.publishing.spilling.on_failed,
             events.RecordsLoaded: self._on_records_loaded,
@@ -95,6 +98,8 @@ class FabricCore:
             Kind.STATUS: lambda peer, f: self.publishing.on_status(peer, *f),
             Kind.FIN: self._on_fin,
             Kind.BYE: self._on_bye,
+            Kind.BOOKS: lambda peer, f: self.books.on_books(peer, *f),
+            Kind.BOOKED: lambda peer, f: self.books.on_booked(peer, *f),
             Kind.REQUEST: self.exchange.on_request,
             Kind.ACCEPTED: lambda peer, f: self.exchange.on_accepted(*f),
             Kind.REPLY: lambda peer, f: self.exchange.on_reply(peer, *f),
@@ -126,6 +131,7 @@ class FabricCore:
             self.subscribing.next_deadline_ns(),
             self.fetching.next_deadline_ns(),
             self.exchange.next_deadline_ns(),
+            self.books.next_deadline_ns(),
         ]
         return min(due for due in dues if due is not None)
 
@@ -140,6 +146,7 @@ class FabricCore:
         self.subscribing.tick()
         self.fetching.tick()
         self.exchange.tick()
+        self.books.tick()
         self.context.due_ns = self._earliest()
 
     # Frames.
@@ -322,6 +329,7 @@ class FabricCore:
     def _on_intake_stopped(self, event: events.IntakeStopped) -> None:
         ends = self.publishing.stop()
         self.following.acknowledge()
+        self.books.tell_all()
         if event.say_bye:
             for peer in self.members.others():
                 if not peer.is_gone and peer.state != "known":
@@ -378,6 +386,10 @@ class FabricCore:
         self.context.counts["dropped_oldest"] += self.publishing.retention.drop_oldest(out, event.size)
 
     # Looking.
+
+    def reckon(self) -> list[Reckoning]:
+        """The books of all feeds: of those that we read, and of our readers as far as they have told."""
+        return self.books.reckon(self.subscribing.inbounds())
 
     def statistics(self) -> Counter[str]:
         """All counters, and the sums over the feeds that are followed now."""

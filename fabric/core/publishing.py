@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fabric.config import Policy, Start
@@ -40,13 +40,14 @@ class _Registration:
     which the subscriber has not said that it knows; they are told again.
     """
 
-    __slots__ = ("best_effort", "from_start", "joins", "pattern", "reader", "start", "unproven")
+    __slots__ = ("best_effort", "from_start", "incarnation", "joins", "pattern", "reader", "start", "unproven")
 
     def __init__(self, reader: Reader, pattern: Pattern, start: str, best_effort: bool, from_start: bool) -> None:
         self.reader, self.pattern, self.start = reader, pattern, start
         self.best_effort, self.from_start = best_effort, from_start
         self.joins: dict[int, int] = {}
         self.unproven: dict[int, None] = {}
+        self.incarnation = 0
 
 
 class Publishing:
@@ -62,7 +63,9 @@ class Publishing:
         self._registrations: dict[str, dict[int, _Registration]] = {}
         self._expired: dict[str, dict[int, None]] = {}
         """Subscriptions of members that were absent too long; should they come back, they are told."""
-        self._tick_due_ns = 0
+        self.on_left: Callable[[_Registration, OutFeed], None] = lambda registration, out: None
+        """Told of each feed that a reader is about to leave."""
+        self._tick_due_ns, self.is_stopped = 0, False
         self._pending: dict[int, OutFeed] = {}
         """Feeds that some reader has not acknowledged to their end: they are marked and listed."""
 
@@ -97,6 +100,7 @@ class Publishing:
 
     def stop(self) -> list[tuple[int, int]]:
         """No burst follows; returns the ends of all feeds for BYE."""
+        self.is_stopped = True
         for out in self.feeds.values():
             out.closed = True
         return [(out.feed, out.end) for out in self.feeds.values() if out.readers or out.listeners]
@@ -124,6 +128,7 @@ class Publishing:
             registration = mine[number] = _Registration(
                 (peer.name, number), pattern, start, delivery == "best_effort", bool(from_start)
             )
+            registration.incarnation = peer.incarnation
             stated = dict(positions)
             for out in self.feeds.values():
                 if pattern.matches(out.topic):
@@ -168,6 +173,7 @@ class Publishing:
             return
         for feed in registration.joins:
             out = self.by_id[feed]
+            self.on_left(registration, out)
             out.readers.pop(registration.reader, None)
             out.listeners.discard(registration.reader)
             self._settle(out)
@@ -181,6 +187,15 @@ class Publishing:
     def registrations_of(self, name: str) -> int:
         """How many subscriptions of a member are registered here."""
         return len(self._registrations.get(name, ()))
+
+    def registration(self, name: str, number: int) -> _Registration | None:
+        """The subscription of a member with this number, if it is registered."""
+        return self._registrations.get(name, {}).get(number)
+
+    def registrations(self) -> Iterator[_Registration]:
+        """All subscriptions that are registered."""
+        for registrations in self._registrations.values():
+            yield from registrations.values()
 
     def on_acknowledge(self, peer: Peer, entries: list[tuple[int, int, int]]) -> None:
         """Cumulative: positions are only raised (S2)."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from fabric.config import Delivery, Policy
+from fabric.core.books import Books
 from fabric.core.events import BeginFeed, Buffer, EndFeed, MessagesSettled, ReportGap, SubscriptionOpened
 from fabric.core.fetching import Fetching
 from fabric.core.following import FollowedFeed, Following
@@ -45,9 +47,9 @@ class _Subscription:
 class Subscribing:
     """All subscriptions of this member."""
 
-    def __init__(self, context: Context, members: Members, fetching: Fetching) -> None:
-        self._context, self._members, self._fetching = context, members, fetching
-        self.following = Following(context, fetching)
+    def __init__(self, context: Context, members: Members, fetching: Fetching, books: Books) -> None:
+        self._context, self._members, self._fetching, self._books = context, members, fetching, books
+        self.following = Following(context, fetching, books.touched)
         self.subscriptions: dict[int, _Subscription] = {}
         self._leaving: dict[tuple[str, int], tuple[int, int]] = {}
         """Closed subscriptions of which a peer has to hear: when to tell it again, and the wait after that."""
@@ -81,7 +83,7 @@ class Subscribing:
         if subscription is None:
             return
         for inbound in subscription.feeds.values():
-            self._drop_inbound(inbound)
+            self._drop_inbound(inbound, by_us=True)
         for peer in self._members.by_name.values():
             if not peer.is_gone:
                 self._leave(peer, number)
@@ -156,6 +158,7 @@ class Subscribing:
         feed, incarnation = subscription.later.pop(key)
         if subscription.delivery is Delivery.RELIABLE and feed[2] != Policy.LOSSY:
             self._past["open_gaps"] += 1
+            self._books.miss(subscription.number, key[0], incarnation, feed)
             gap = ReportGap(subscription.number, *key, incarnation, feed[3], None, Drop.GAP)
             self._context.emit(gap)
 
@@ -337,7 +340,7 @@ class Subscribing:
                 ReportGap(inbound.subscription, *key, inbound.incarnation, inbound.floor, None, Drop.GAP)
             )
         del subscription.feeds[key]
-        self._drop_inbound(inbound)
+        self._drop_inbound(inbound, by_us=False)
         peer = self._members.by_name[inbound.source]
         if key in subscription.later and not peer.is_gone:
             self._enter(subscription, peer, subscription.later.pop(key)[0])
@@ -346,7 +349,8 @@ class Subscribing:
             self._miss(subscription, key)
         self._context.emit(EndFeed(inbound.subscription, *key))
 
-    def _drop_inbound(self, inbound: InboundFeed) -> None:
+    def _drop_inbound(self, inbound: InboundFeed, *, by_us: bool) -> None:
+        self._books.close(inbound, by_us=by_us)
         self._past.update(inbound.counts)
         self.following.unfollow(inbound)
 
@@ -410,6 +414,11 @@ class Subscribing:
             for inbound in subscription.feeds.values():
                 total.update(inbound.counts)
         return total
+
+    def inbounds(self) -> Iterator[InboundFeed]:
+        """What our subscriptions follow now."""
+        for subscription in self.subscriptions.values():
+            yield from subscription.feeds.values()
 
     def check_invariants(self) -> None:
         """Assert what must hold for every inbound feed and its room (I7)."""

@@ -116,6 +116,7 @@ class Drop(StrEnum):
     EXPIRED = "expired"
     REJECTED = "rejected"
     BLOCKED = "blocked"
+    GIVEN_UP = "given_up"
 
 
 # Identity.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.simulation.book_variants import BOOK_VARIANTS
 from tests.simulation.draw import DISK
 from tests.simulation.play import play
 from tests.simulation.soak import VARIANT_REST_S
@@ -67,6 +68,16 @@ SPILL_CATCHES: dict[str, tuple[int, ...]] = {
     "refused_in_another_order": (10, 21, 9),
 }
 """The same in worlds with a disk: without the bit that makes them so."""
+BOOK_CATCHES: dict[str, tuple[int, ...]] = {
+    "handled_is_counted_twice": (1, 0, 2),
+    "drops_count_as_handled": (22, 24, 28),
+    "gaps_are_not_booked": (5, 7, 0),
+    "rest_is_not_given_up": (46, 43, 47),
+    "told_once": (35, 82, 61),
+    "confirmed_whatever_changed": (13, 33, 55),
+    "lives_are_mixed": (5, 18, 8),
+}
+"""The same for the books."""
 MORE_SEEDS = 40
 """Tried when those do not catch it any more, because the worlds or the core have changed."""
 
@@ -101,6 +112,18 @@ def test_a_spill_without_this_rule_is_caught(name: str) -> None:
     pytest.fail(f"{name} got away: no seed catches it any more")
 
 
+@pytest.mark.parametrize("name", BOOK_VARIANTS)
+def test_books_without_this_rule_are_caught(name: str) -> None:
+    for seed in (*BOOK_CATCHES.get(name, ()), *range(MORE_SEEDS)):
+        try:
+            with broken(BOOK_VARIANTS[name]):
+                play(seed, rest_s=VARIANT_REST_S)
+        except Exception:  # noqa: BLE001 - a violation, an assertion of the core, or a world that stands still
+            return
+    pytest.fail(f"{name} got away: no seed catches it any more")
+
+
 def test_the_table_names_variants_that_exist() -> None:
     assert set(CATCHES) <= set(VARIANTS)
     assert set(SPILL_CATCHES) == set(SPILL_VARIANTS)
+    assert set(BOOK_CATCHES) == set(BOOK_VARIANTS)
