@@ -166,7 +166,7 @@ class Checker:
         return left
 
     def unheard(self) -> list[str]:
-        """Where a publisher has not heard its reader's books as they are: nowhere, a second after the fabric is at rest."""
+        """Where a publisher has not heard its reader's books as they are: nowhere, a second after all rests."""
         return list(disagreements(self._history))
 
     def _owed_in_vain(self, name: str, engine: Engine) -> Iterator[str]:
