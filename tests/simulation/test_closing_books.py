@@ -74,6 +74,18 @@ def test_a_close_returns_in_time_and_names_what_is_not_known(timeout_s: float) -
         assert f"nothing is known of rank-0/{TOPIC} 0..3 for rank-1#" in report.ledger.explain()
 
 
+def test_the_time_that_a_handler_takes_of_a_close_is_not_granted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    with World() as world:
+        trainer, reader = world.join(0), world.join(1)
+        reader.subscribe(TOPIC, acknowledge="manual")
+        trainer.publish(TOPIC, 0)
+        world.run(0.1)
+        monkeypatch.setattr(trainer._dispatcher, "close", world.run)  # the one that runs takes all the time it is given
+        began_s = world.now_s
+        assert not trainer.close(timeout_s=1.5).balanced
+        assert world.now_s - began_s <= 1.51
+
+
 def test_a_reader_that_acknowledged_and_then_was_cut_off_holds_a_close_up_for_half_a_second_only() -> None:
     with World() as world:
         trainer, reader, seen = published(world, 3)
