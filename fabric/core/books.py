@@ -360,6 +360,12 @@ class Books:
 
     # Looking.
 
+    def check_invariants(self) -> None:
+        """Assert that the books of what changed lately balance: counters and positions come from different places."""
+        for inbound in self.touched:
+            booked = sum(count for end, count in inbound.counts.items() if end in _KNOWN_ENDS)
+            assert booked == inbound.floor - inbound.join + inbound.settled.count, f"{inbound}: {booked} are booked"
+
     def reckon(self, inbounds: Iterable[InboundFeed]) -> list[Reckoning]:
         """All books: of the feeds that our subscriptions follow now, of those that are over, and of our readers."""
         ours = [self._book_of(inbound) for inbound in inbounds]

@@ -401,6 +401,7 @@ class FabricCore:
         self.subscribing.check_invariants()
         self.fetching.check_invariants()
         self.exchange.check_invariants()
+        self.books.check_invariants()
 
     def __repr__(self) -> str:
         context = self.context

@@ -61,7 +61,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Offsets `first <= offset < end` of a feed of which it is not known whether `subscriber` handled them.
+    """Offsets `first <= offset < end` of a feed of which it is not known whether `subscriber` handled all of them.
 
     `state` is that of the member which could: `dead`, `left`, `down`, `suspect` or `up`. `end` is None where it is not
     known how far the feed went: its publisher ended without saying so.

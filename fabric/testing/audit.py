@@ -53,7 +53,7 @@ def disagreements(history: History) -> Iterator[str]:
     own = {_key(book): book for engine in engines for book in _own(engine)}
     for engine in engines:
         for book in _told(engine):
-            truth = own.get(_key(book))
+            truth = own.get(_key(book)) if book.incarnation == engine.card.incarnation else None
             if truth is not None and (book.counts, book.state) != (truth.counts, truth.state):
                 yield f"{engine.card.name} has not heard {truth}, but {book}"
 
