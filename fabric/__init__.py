@@ -20,6 +20,7 @@ from fabric.errors import FabricError
 from fabric.joining import join, observe
 from fabric.letters import DeadLetter, DeadLetters, RedriveReport
 from fabric.message import Message, Reply, Request
+from fabric.observe.ledger import Ledger
 from fabric.payloads import register
 from fabric.subscription import Subscription
 
@@ -31,6 +32,7 @@ __all__ = [
     "FabricConfig",
     "FabricError",
     "Gap",
+    "Ledger",
     "Message",
     "PeerInfo",
     "Publisher",

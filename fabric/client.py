@@ -229,8 +229,10 @@ class Fabric(Member[Publisher]):
             self._engine.require_open()
         with self._lock:
             if self._report is None:
+                began_ns = self._engine.clock()
                 self._dispatcher.close(min(1.0, timeout_s))
-                self._report = self._run(self._ending(timeout_s))
+                left_s = timeout_s - (self._engine.clock() - began_ns) / S
+                self._report = self._run(self._ending(max(0.0, left_s)))
                 self._membership.close()
             return self._report
 

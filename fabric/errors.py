@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 __all__ = [
     "BrokenError",
+    "CircuitOpenError",
     "ClosedError",
     "ConfigError",
     "DamagedRecordError",
@@ -149,6 +150,13 @@ class QueueFullError(FabricError):
 
     retriable = True
     template = "{queue} is full: {used} of {limit} bytes, waited {waited_s:g} s; nothing was taken"
+
+
+class CircuitOpenError(FabricError):
+    """A circuit breaker lets nothing through now; nothing was begun. Field: `state`, `open` or `half_open`."""
+
+    retriable = True
+    template = "the circuit breaker is {state}"
 
 
 # Requests.

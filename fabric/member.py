@@ -14,11 +14,13 @@ from fabric.core import events
 from fabric.core.cursors import Cursor, parse_cursor
 from fabric.core.members import NAME_BYTES_MAX
 from fabric.core.wire import feed_id
+from fabric.engine.auditing import draw_up
 from fabric.engine.inbox import Inbox
 from fabric.engine.loop import Engine
 from fabric.engine.steps import Steps, Wait
 from fabric.errors import BrokenError, ClosedError, ConfigError, SubscribeTimeoutError, shortened
 from fabric.message import Message
+from fabric.observe.ledger import Ledger
 from fabric.publisher import PublisherBase
 from fabric.requests import Requests
 from fabric.subscription import Options
@@ -32,6 +34,9 @@ __all__ = ["CloseReport", "Member", "PeerInfo", "check_handler", "check_subscrip
 S = 1_000_000_000
 PROOF_S = 2.0
 """How long `subscribe` waits for push links that nobody repairs; their first marker takes milliseconds."""
+BOOKS_S = 0.5
+"""How long a close waits for the books of readers that have acknowledged everything; their answer takes
+milliseconds."""
 P = TypeVar("P", bound=PublisherBase)
 
 
@@ -55,13 +60,17 @@ class PeerInfo:
 class CloseReport:
     """How a close went.
 
-    `balanced`: everything owed was acknowledged; else `unacknowledged` says what was not, by topic and reader.
+    `balanced`: all that was owed came to a known end, or to a gap that was reported; open gaps, and readers that died,
+    are `ledger.known_unknowns`. Otherwise `ledger.unknown` names the ranges of which nothing is known, each with its
+    reader and the reader's state, and `unacknowledged` has them by topic and reader.
     """
 
     balanced: bool
     waited_s: float
     unacknowledged: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
     """{topic: {reader: (first offset not acknowledged, end)}}"""
+    ledger: Ledger = field(default_factory=lambda: Ledger(""))
+    """The last books; `ledger.explain()` says in words what is missing from them."""
 
 
 class Member(Generic[P]):
@@ -216,6 +225,15 @@ class Member(Generic[P]):
             moved = {} if engine.closed else engine.transport.statistics()
         return dict(sorted({**{str(name): count for name, count in counted.items()}, **moved}.items()))
 
+    def ledger(self) -> Ledger:
+        """The books of now: what became of every record that our subscriptions, and our readers, were owed.
+
+        Readers tell theirs once in a second, so what we know of them may be so old. Raises nothing.
+        """
+        self._engine.push()
+        with self._engine.lock:
+            return draw_up(self._engine.core)
+
     # Ending.
 
     def _flushing(self, timeout_s: float) -> Steps[None]:
@@ -234,11 +252,18 @@ class Member(Generic[P]):
             for number in list(engine.inboxes):  # what we have not taken is owed to nobody: our peers may close, too
                 engine.submit(events.SubscriptionClosed(number))
             yield Wait(self._is_settled, timeout_s)
-            left = self._unacknowledged()
+            engine.submit(events.BooksWanted())
+            left_s = max(0.0, timeout_s - (engine.clock() - began) / S)
+            yield Wait(lambda: not engine.core.books.untold_by(), min(left_s, BOOKS_S))
+            left, ledger = self._unacknowledged(), self._final_ledger()
             engine.submit(events.IntakeStopped(say_bye=True))
         except (BrokenError, ClosedError):
-            left = self._unacknowledged()
-        return CloseReport(not left, (engine.clock() - began) / S, left)
+            left, ledger = self._unacknowledged(), self._final_ledger()
+        return CloseReport(not left and ledger.balanced, (engine.clock() - began) / S, left, ledger)
+
+    def _final_ledger(self) -> Ledger:
+        with self._engine.lock:
+            return draw_up(self._engine.core, final=True)
 
     def _is_settled(self) -> bool:
         return all(publisher._has_arrived for publisher in self._publishers.values()) and not self._unacknowledged()

@@ -27,6 +27,7 @@ from fabric.joining import Entry, enter_job, enter_rank
 from fabric.letters import RedriveReport
 from fabric.member import CloseReport, PeerInfo
 from fabric.message import Message, Reply, Request
+from fabric.observe.ledger import Ledger
 from fabric.payloads import register
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "FabricConfig",
     "FabricError",
     "Gap",
+    "Ledger",
     "Message",
     "PeerInfo",
     "Publisher",

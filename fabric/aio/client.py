@@ -271,8 +271,10 @@ class Fabric(Member[LoopOutbox]):
         return await asyncio.shield(self._ended)
 
     async def _end(self, timeout_s: float, caller: asyncio.Task[Any] | None) -> CloseReport:
+        began_ns = self._engine.clock()
         await self._dispatcher.shut(min(1.0, timeout_s), caller)
-        report = await self._driver.run(self._ending(timeout_s))
+        left_s = timeout_s - (self._engine.clock() - began_ns) / 1e9
+        report = await self._driver.run(self._ending(max(0.0, left_s)))
         for task in self._opened:
             task.cancel()
         await in_thread(self._membership.close)  # it waits for a thread, and for the sockets

@@ -33,6 +33,7 @@ __all__ = [
     "AppendRecords",
     "BeginFeed",
     "BeginPayload",
+    "BooksWanted",
     "Broadcast",
     "Buffer",
     "BulkReceived",
@@ -216,6 +217,11 @@ class IntakeStopped:
     """The application closes: feeds end where they are; what is owed may still be fetched until `BYE` is sent."""
 
     say_bye: bool = False
+
+
+@crossing
+class BooksWanted:
+    """The application closes, and waits for what its readers have to say of what they read."""
 
 
 # Events: what the world did.

@@ -13,6 +13,7 @@ from typing import Any
 
 from fabric.core.events import Buffer, CompleteRequest, ExecuteRequest, ReplyIssued, RequestIssued
 from fabric.core.fetching import Fetching, Key
+from fabric.core.guards import Retry
 from fabric.core.members import MS, Context, Members, Peer
 from fabric.core.wire import ADDRESSED, Drop, Kind, checksum_of, decode_descriptor
 from fabric.errors import WireFormatError
@@ -28,10 +29,10 @@ PRIORITIES = 3
 class _Pending:
     """A request of ours that is not answered."""
 
-    __slots__ = ("accepted", "due_ns", "event", "outcome", "reply_kind", "wait_ns")
+    __slots__ = ("accepted", "event", "outcome", "reply_kind", "retry")
 
-    def __init__(self, event: RequestIssued, wait_ns: int) -> None:
-        self.event, self.wait_ns, self.due_ns = event, wait_ns, 0
+    def __init__(self, event: RequestIssued, retry: Retry) -> None:
+        self.event, self.retry = event, retry
         self.accepted = False
         self.reply_kind, self.outcome = 0, "reply"
 
@@ -74,7 +75,9 @@ class Exchange:
 
     def issue(self, event: RequestIssued) -> None:
         """Send a request, and again until it is answered."""
-        pending = self._pending[event.request] = _Pending(event, self._context.config.requests.resend_ms_first * MS)
+        limits = self._context.config.requests
+        retry = Retry(limits.resend_ms_first * MS, limits.resend_ms_max * MS)
+        pending = self._pending[event.request] = _Pending(event, retry)
         peer = self._members.by_name.get(event.peer)
         if peer is None or peer.is_gone:  # as for requests that are under way when it goes
             self._complete(pending, "gone")
@@ -83,9 +86,8 @@ class Exchange:
 
     def _send(self, pending: _Pending) -> None:
         event, now = pending.event, self._context.now
-        pending.due_ns = now + pending.wait_ns
-        self._context.wake_by(min(pending.due_ns, pending.event.deadline_ns))
-        pending.wait_ns = min(2 * pending.wait_ns, self._context.config.requests.resend_ms_max * MS)
+        pending.retry = pending.retry.after(now)
+        self._context.wake_by(min(pending.retry.due_ns, event.deadline_ns))
         left_ms = max(1, (event.deadline_ns - now) // MS)
         awaited = next(iter(self._pending))  # requests are issued in the order of their numbers
         fields = (event.request, awaited, event.method, event.priority, left_ms, event.kind, event.metadata, event.blob)
@@ -277,13 +279,14 @@ class Exchange:
         for pending in list(self._pending.values()):
             if now >= pending.event.deadline_ns:
                 self._complete(pending, "timeout")
-            elif now >= pending.due_ns:
+            elif now >= pending.retry.due_ns:
                 self._context.counts["requests_resent"] += 1
                 self._send(pending)
 
     def next_deadline_ns(self) -> int | None:
         """When a request is due."""
-        return min((min(pending.due_ns, pending.event.deadline_ns) for pending in self._pending.values()), default=None)
+        dues = (min(pending.retry.due_ns, pending.event.deadline_ns) for pending in self._pending.values())
+        return min(dues, default=None)
 
     def check_invariants(self) -> None:
         """Assert the sum of what is remembered (I7)."""

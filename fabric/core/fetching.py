@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from fabric.core.events import BeginPayload, Buffer, DropPayload, FinishPayload, PlaceChunk
+from fabric.core.guards import Retry
 from fabric.core.members import MS, Context
 from fabric.core.ranges import RangeSet
 from fabric.core.wire import Drop, Kind
@@ -22,12 +23,12 @@ PIECES_MAX = 1024
 class _Fetch:
     """One payload. `received`: the bytes that are there. Nothing is taken before `rests_ns`."""
 
-    __slots__ = ("attempts", "checksum", "due_ns", "key", "peer", "received", "rests_ns", "size", "started", "wait_ns")
+    __slots__ = ("attempts", "checksum", "key", "peer", "received", "rests_ns", "retry", "size", "started")
 
-    def __init__(self, key: Key, peer: str, size: int, checksum: int, wait_ns: int) -> None:
+    def __init__(self, key: Key, peer: str, size: int, checksum: int, retry: Retry) -> None:
         self.key, self.peer, self.size, self.checksum = key, peer, size, checksum
         self.received = RangeSet()
-        self.attempts, self.due_ns, self.rests_ns, self.wait_ns, self.started = 0, 0, 0, wait_ns, False
+        self.attempts, self.rests_ns, self.retry, self.started = 0, 0, retry, False
 
 
 class Fetching:
@@ -35,6 +36,8 @@ class Fetching:
 
     def __init__(self, context: Context) -> None:
         self._context = context
+        repair = context.config.repair
+        self._first_retry = Retry(repair.retry_ms_first * MS, repair.retry_ms_max * MS)
         self._all: dict[Key, _Fetch] = {}
         self._queues: dict[str, deque[_Fetch]] = {}
         self._started: Counter[str] = Counter()
@@ -51,7 +54,7 @@ class Fetching:
         """Fetch a payload from a peer; a second call for the same key changes nothing."""
         if key in self._all:
             return
-        fetch = self._all[key] = _Fetch(key, peer, size, checksum, self._context.config.repair.retry_ms_first * MS)
+        fetch = self._all[key] = _Fetch(key, peer, size, checksum, self._first_retry)
         self._queues.setdefault(peer, deque()).append(fetch)
         self._start(peer)
 
@@ -74,9 +77,8 @@ class Fetching:
     def _ask(self, fetch: _Fetch) -> None:
         self._token += 1
         first, end = next(fetch.received.missing(0, fetch.size), (0, 0))
-        fetch.due_ns = self._context.now + fetch.wait_ns
-        self._context.wake_by(fetch.due_ns)
-        fetch.wait_ns = min(2 * fetch.wait_ns, self._context.config.repair.retry_ms_max * MS)
+        fetch.retry = fetch.retry.after(self._context.now)
+        self._context.wake_by(fetch.retry.due_ns)
         self._context.send(fetch.peer, Kind.FETCH, *fetch.key, first, end - first, self._token)
 
     def on_chunk(self, peer: str, key: Key, position: int, chunk: Buffer) -> None:
@@ -94,7 +96,7 @@ class Fetching:
             return
         fetch.received.add(position, end)
         self._progress[peer] = self._context.now
-        fetch.wait_ns = self._context.config.repair.retry_ms_first * MS
+        fetch.retry = self._first_retry._replace(due_ns=fetch.retry.due_ns)
         self._context.emit(PlaceChunk(*key, position, chunk))
         if fetch.received.count == fetch.size:
             self._context.emit(FinishPayload(*key, fetch.checksum))
@@ -120,8 +122,9 @@ class Fetching:
             return
         context.counts["out_of_memory"] += 1
         fetch.received = RangeSet()
-        fetch.due_ns = fetch.rests_ns = context.now + context.config.repair.retry_ms_max * MS
-        context.wake_by(fetch.due_ns)
+        fetch.rests_ns = context.now + context.config.repair.retry_ms_max * MS
+        fetch.retry = fetch.retry._replace(due_ns=fetch.rests_ns)
+        context.wake_by(fetch.rests_ns)
         context.emit(BeginPayload(*key, fetch.size))
 
     def end(self, key: Key, *, drop: bool = True) -> None:
@@ -156,8 +159,9 @@ class Fetching:
 
     def _due_ns(self, fetch: _Fetch) -> int:
         """Not while its peer is sending others, unless that takes long: then the question itself was lost."""
-        moved_ns = self._progress.get(fetch.peer, 0) + fetch.wait_ns
-        return max(fetch.due_ns, min(moved_ns, fetch.due_ns + self._context.config.repair.retry_ms_max * MS))
+        due_ns = fetch.retry.due_ns
+        moved_ns = self._progress.get(fetch.peer, 0) + fetch.retry.wait_ns
+        return max(due_ns, min(moved_ns, due_ns + fetch.retry.max_ns))
 
     def next_deadline_ns(self) -> int | None:
         """When a fetch may have stalled."""

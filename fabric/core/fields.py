@@ -24,6 +24,8 @@ class Kind(IntEnum):
     FIN = 11
     FENCED = 12
     BYE = 13
+    BOOKS = 14
+    BOOKED = 15
     REQUEST = 16
     ACCEPTED = 17
     REPLY = 18
@@ -77,6 +79,11 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.FENCED: (int,),
     # feeds with their ends; whether this is the last of them
     Kind.BYE: (Each(int, int), bool),
+    # token, my books: (subscription, feed, join offset, end that I know of, floor, settled above it, whether I closed
+    # the subscription, how many records came to which end)
+    Kind.BOOKS: (int, Each(int, int, int, int, int, int, bool, Each(str, int))),
+    # the token of the books that I have, whether I want what is new at once
+    Kind.BOOKED: (int, bool),
     # request, the lowest that I still wait for, method, priority, milliseconds left, kind, metadata, blob (or a
     # descriptor, if the kind is addressed)
     Kind.REQUEST: (int, int, str, int, int, int, bytes, bytes),

@@ -76,8 +76,10 @@ class FollowedFeed:
 class Following:
     """All feeds that reach this member. Methods that may end a feed return it, for its subscriptions to look."""
 
-    def __init__(self, context: Context, fetching: Fetching) -> None:
+    def __init__(self, context: Context, fetching: Fetching, touched: dict[InboundFeed, None]) -> None:
         self._context, self._fetching = context, fetching
+        self._touched = touched
+        """What was received, settled or lost of these, so their books may have changed."""
         self.feeds: dict[int, FollowedFeed] = {}
         self._dirty: dict[tuple[int, int], tuple[Peer, InboundFeed]] = {}
         self._dirty_bytes = self._acknowledge_due_ns = self._nonce = 0
@@ -105,6 +107,8 @@ class Following:
             else:
                 self._listen(followed)
         followed.inbounds.append(inbound)
+        if inbound.counts:  # some of it was gone before we came
+            self._touched[inbound] = None
         followed.known = max(followed.known, end)
         self.confirm(inbound)
 
@@ -194,6 +198,7 @@ class Following:
         for number, inbound in enumerate(followed.inbounds):
             # What is fetched for a burst hangs on it, so each subscription that keeps one has its own.
             inbound.receive(burst.twin() if number and burst.has_addressed else burst)
+            self._touched[inbound] = None
             if burst.has_addressed and inbound.has_unclaimed:
                 self._claim(followed, inbound)
             if inbound.turned_away:
@@ -221,6 +226,7 @@ class Following:
         """An addressed value is here, or will not come."""
         followed = self.feeds.get(feed)
         for inbound in followed.inbounds if followed else ():
+            self._touched[inbound] = None
             if payload is not None:
                 inbound.payload_arrived(offset, payload)
             else:
@@ -312,8 +318,7 @@ class Following:
 
     def _target(self, followed: FollowedFeed) -> int:
         """Below this offset, what is absent is lost. On a live link only the link itself tells, or its silence."""
-        # Silence counts from when there was something to say: a link that was idle before is not slow.
-        silent_ns = self._context.now - max(followed.peer.data_heard_ns, followed.behind_ns)
+        silent_ns = self._context.now - max(followed.peer.data_heard_ns, followed.behind_ns)  # while it has to say some
         if followed.live and silent_ns < 2 * self._context.config.liveness.marker_ms * MS:
             return followed.pushed
         return followed.known
@@ -441,6 +446,7 @@ class Following:
 
     def acknowledge_soon(self, followed: FollowedFeed, inbound: InboundFeed) -> None:
         """The floor of this subscription is worth telling."""
+        self._touched[inbound] = None
         if not (inbound.best_effort or followed.peer.is_gone):
             self._tell_floor(followed, inbound)
 

@@ -107,6 +107,7 @@ class InboundFeed:
             for ranges in (self.settled, self.taken, self.have):
                 ranges.add(first, end)
             self.known = max(self.known, end)
+            self.counts["handled"] += end - first
 
     @property
     def told_floor(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from fabric.config import FabricConfig
 from fabric.core import events
+from fabric.core.books import Books, Reckoning
 from fabric.core.events import Buffer, Card, DisconnectPeer, SendBulk
 from fabric.core.exchange import Exchange
 from fabric.core.fetching import Fetching
@@ -41,7 +42,8 @@ class FabricCore:
         self.members = Members(self.context)
         self.fetching = Fetching(self.context)
         self.publishing = Publishing(self.context, self.members)
-        self.subscribing = Subscribing(self.context, self.members, self.fetching)
+        self.books = Books(self.context, self.members, self.publishing)
+        self.subscribing = Subscribing(self.context, self.members, self.fetching, self.books)
         self.following = self.subscribing.following
         self.exchange = Exchange(self.context, self.members, self.fetching)
         self.members.in_use = self.subscribing.knows
@@ -81,6 +83,7 @@ class FabricCore:
             events.StateRecovered: self.publishing.recover,
             events.WriteFinished: self.publishing.on_written,
             events.WriteFailed: self.publishing.on_refused,
+            events.BooksWanted: lambda event: self.books.ask(),
             events.RecordsLoaded: self._on_records_loaded,
             events.RecordsExpired: self._on_records_expired,
         }
@@ -98,6 +101,8 @@ class FabricCore:
             Kind.STATUS: lambda peer, f: self.publishing.on_status(peer, *f),
             Kind.FIN: self._on_fin,
             Kind.BYE: self._on_bye,
+            Kind.BOOKS: lambda peer, f: self.books.on_books(peer, *f),
+            Kind.BOOKED: lambda peer, f: self.books.on_booked(peer, *f),
             Kind.REQUEST: self.exchange.on_request,
             Kind.ACCEPTED: lambda peer, f: self.exchange.on_accepted(*f),
             Kind.REPLY: lambda peer, f: self.exchange.on_reply(peer, *f),
@@ -129,6 +134,7 @@ class FabricCore:
             self.subscribing.next_deadline_ns(),
             self.fetching.next_deadline_ns(),
             self.exchange.next_deadline_ns(),
+            self.books.next_deadline_ns(),
         ]
         return min(due for due in dues if due is not None)
 
@@ -143,6 +149,7 @@ class FabricCore:
         self.subscribing.tick()
         self.fetching.tick()
         self.exchange.tick()
+        self.books.tick()
         self.context.due_ns = self._earliest()
 
     # Frames.
@@ -249,7 +256,7 @@ class FabricCore:
             return
         self.members.sender_of(message, None)
         if new is not None:
-            peer.hello_due_ns = self.context.now + peer.hello_wait_ns
+            peer.hello = peer.hello.postponed(self.context.now)
         for registration in message.fields[11]:
             self.publishing.register(peer, registration)
         if new is not None or message.fields[10] != self.context.incarnation:
@@ -327,6 +334,7 @@ class FabricCore:
     def _on_intake_stopped(self, event: events.IntakeStopped) -> None:
         ends = self.publishing.stop()
         self.following.acknowledge()
+        self.books.tell_all()
         if event.say_bye:
             for peer in self.members.others():
                 if not peer.is_gone and peer.state != "known":
@@ -384,6 +392,10 @@ class FabricCore:
 
     # Looking.
 
+    def reckon(self) -> list[Reckoning]:
+        """The books of all feeds: of those that we read, and of our readers as far as they have told."""
+        return self.books.reckon(self.subscribing.inbounds())
+
     def statistics(self) -> Counter[str]:
         """All counters, and the sums over the feeds that are followed now."""
         return self.context.counts + self.subscribing.totals()
@@ -394,6 +406,7 @@ class FabricCore:
         self.subscribing.check_invariants()
         self.fetching.check_invariants()
         self.exchange.check_invariants()
+        self.books.check_invariants()
 
     def __repr__(self) -> str:
         context = self.context

@@ -8,6 +8,7 @@ from typing import Any
 
 from fabric.config import FabricConfig
 from fabric.core.events import Card, ConnectPeer, DisconnectPeer, ProbePeer, ReportFenced, ReportPeer, SendControl
+from fabric.core.guards import Retry
 from fabric.core.wire import VERSION, Control, Drop, Kind, encode_control, member_id
 
 __all__ = ["Context", "Members", "Peer", "card_fields", "card_of"]
@@ -67,8 +68,7 @@ class Peer:
         "card",
         "data_heard_ns",
         "heard_ns",
-        "hello_due_ns",
-        "hello_wait_ns",
+        "hello",
         "id",
         "name",
         "probed_ns",
@@ -87,7 +87,7 @@ class Peer:
         self.heard_ns = self.data_heard_ns = now
         self.bulk_heard_ns = 0
         self.told_ns = self.probed_ns = 0
-        self.hello_due_ns, self.hello_wait_ns = now, HELLO_FIRST_NS
+        self.hello = Retry(HELLO_FIRST_NS, HELLO_MAX_NS, now)
 
     @property
     def incarnation(self) -> int:
@@ -242,9 +242,8 @@ class Members:
             if peer.is_gone:
                 continue
             self._judge(peer)
-            if not peer.sees_us and self._context.now >= peer.hello_due_ns:
-                peer.hello_due_ns = self._context.now + peer.hello_wait_ns
-                peer.hello_wait_ns = min(2 * peer.hello_wait_ns, HELLO_MAX_NS)
+            if not peer.sees_us and self._context.now >= peer.hello.due_ns:
+                peer.hello = peer.hello.after(self._context.now)
                 due.append(peer)
         return due
 
@@ -263,7 +262,7 @@ class Members:
 
     def next_deadline_ns(self) -> int | None:
         """When a HELLO is due next."""
-        dues = [peer.hello_due_ns for peer in self.others() if not peer.sees_us and not peer.is_gone]
+        dues = [peer.hello.due_ns for peer in self.others() if not peer.sees_us and not peer.is_gone]
         return min(dues, default=None)
 
 

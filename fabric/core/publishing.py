@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fabric.config import Policy
@@ -50,11 +50,12 @@ class Publishing:
         self.registrations = Registrations(context)
         self._saving: dict[int, list[Registration]] = {}
         """Writes of the registrations, and who is confirmed once they are over."""
-        self._save_due_ns = 0
-        self._saved = b""
+        self._save_due_ns, self._saved = 0, b""
         self._expired: dict[str, dict[int, None]] = {}
         """Subscriptions of members that were absent too long; should they come back, they are told."""
-        self._tick_due_ns = 0
+        self.on_left: Callable[[Registration, OutFeed], None] = lambda registration, out: None
+        """Told of each feed that a reader is about to leave."""
+        self._tick_due_ns, self.is_stopped = 0, False
         self._pending: dict[int, OutFeed] = {}
         """Feeds that some reader has not acknowledged to their end: they are marked and listed."""
 
@@ -160,6 +161,7 @@ class Publishing:
 
     def stop(self) -> list[tuple[int, int]]:
         """No burst follows; returns the ends of all feeds for BYE."""
+        self.is_stopped = True
         for out in self.feeds.values():
             out.closed = True
         return [(out.feed, out.end) for out in self.feeds.values() if out.readers or out.listeners]
@@ -269,6 +271,7 @@ class Publishing:
     def _leave_feeds(self, registration: Registration) -> None:
         for feed in registration.joins:
             out = self.by_id[feed]
+            self.on_left(registration, out)
             out.readers.pop(registration.reader, None)
             out.listeners.discard(registration.reader)
             self._settle(out)
@@ -285,6 +288,8 @@ class Publishing:
     def _rest(self, registration: Registration) -> None:
         """A subscription with a name: nobody has it open, and it stays owed."""
         former = registration.reader
+        for feed in registration.joins:
+            self.on_left(registration, self.by_id[feed])
         self.registrations.leave(registration)
         self._rename(registration, former)
 
@@ -299,10 +304,6 @@ class Publishing:
         for number, registration in list(self.registrations.of(peer.name).items()):
             if not registration.name and registration.incarnation < peer.incarnation:
                 self.unregister(peer.name, number)
-
-    def registrations_of(self, name: str) -> int:
-        """How many subscriptions of a member are registered here."""
-        return len(self.registrations.of(name))
 
     def on_acknowledge(self, peer: Peer, entries: list[tuple[int, int, int]]) -> None:
         """Cumulative: positions are only raised (S2)."""
@@ -323,8 +324,11 @@ class Publishing:
         """Of a feed of an earlier life, whose end may not be certain, a subscriber can have more than we."""
         if out.readers.get(reader, floor) < floor:
             out.readers[reader] = min(floor, out.end)
-        if floor >= out.end and out.readers.pop(reader, None) is not None:
-            self.registrations.of(reader[0])[reader[1]].forget(out.feed)
+        if floor >= out.end and reader in out.readers:
+            registration = self.registrations.of(reader[0])[reader[1]]
+            self.on_left(registration, out)
+            registration.forget(out.feed)
+            del out.readers[reader]
         self._settle(out)
 
     def _settle(self, out: OutFeed) -> None:

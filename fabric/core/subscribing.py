@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from fabric.config import Delivery, Policy
+from fabric.core.books import Books
 from fabric.core.cursors import Cursor, Place
 from fabric.core.endings import Endings
 from fabric.core.events import (
@@ -41,9 +43,9 @@ REGISTER_FIRST_NS, REGISTER_MAX_NS = 50 * MS, 1000 * MS
 class Subscribing:
     """All subscriptions of this member."""
 
-    def __init__(self, context: Context, members: Members, fetching: Fetching) -> None:
-        self._context, self._members, self._fetching = context, members, fetching
-        self.following = Following(context, fetching)
+    def __init__(self, context: Context, members: Members, fetching: Fetching, books: Books) -> None:
+        self._context, self._members, self._fetching, self._books = context, members, fetching, books
+        self.following = Following(context, fetching, books.touched)
         self.subscriptions: dict[int, Subscription] = {}
         self._leaving: dict[tuple[str, int], tuple[int, int, bool]] = {}
         """Closed subscriptions of which a peer has to hear: when to tell it again, the wait after that, and whether
@@ -76,7 +78,7 @@ class Subscribing:
         if subscription is None:
             return
         for inbound in subscription.feeds.values():
-            self._drop_inbound(inbound)
+            self._drop_inbound(inbound, by_us=True)
         self.following.acknowledge()
         for peer in self._members.by_name.values():
             if not peer.is_gone:
@@ -173,6 +175,7 @@ class Subscribing:
         for row in subscription.later.pop(key).values():
             if subscription.delivery is Delivery.RELIABLE and row.policy not in (Policy.LOSSY, Policy.DURABLE):
                 self._past["open_gaps"] += 1
+                self._books.miss(subscription.number, key, row.incarnation, row.feed, row.join)
                 gap = ReportGap(subscription.number, *key, row.incarnation, row.first_available, None, Drop.GAP)
                 self._context.emit(gap)
 
@@ -239,7 +242,7 @@ class Subscribing:
         key = peer.name, row.topic
         place = subscription.unfinished(key)
         if current is None and place is not None and place.incarnation < row.incarnation:
-            current = self._enter(subscription, peer, row, place)
+            current = self._enter(subscription, peer, row, place, 0, place.floor)
         if current is not None:
             later = subscription.later.setdefault(key, {})
             later[row.incarnation] = row
@@ -264,13 +267,17 @@ class Subscribing:
         place = subscription.unfinished(key)
         if place is None or place.incarnation != row.incarnation:
             place = Place(row.incarnation, row.join)
-        inbound = self._enter(subscription, peer, row, place)
-        inbound.learn(row.first_available, row.end)
+        inbound = self._enter(subscription, peer, row, place, row.first_available, row.end)
         if row.ending:
             self.endings.end_past(peer, inbound, row.first_available, row.end, exact=row.ending == 1)
 
-    def _enter(self, subscription: Subscription, peer: Peer, row: Row, place: Place) -> InboundFeed:
-        """Follow a feed of this topic from a place on; what `row` says of its policy holds for all of them."""
+    def _enter(
+        self, subscription: Subscription, peer: Peer, row: Row, place: Place, first: int, end: int
+    ) -> InboundFeed:
+        """Follow a feed of this topic from a place on; what `row` says of its policy holds for all of them.
+
+        Of this one its publisher has what lies from `first` to `end`.
+        """
         inbound = InboundFeed(
             subscription=subscription.number,
             source=peer.name,
@@ -292,7 +299,8 @@ class Subscribing:
         subscription.feeds[key] = inbound
         subscription.between.discard(key)
         self._context.emit(BeginFeed(subscription.number, *key, place.incarnation, place.floor))
-        self.following.follow(inbound.feed, peer, inbound, max(place.floor, inbound.known))
+        inbound.learn(first, max(end, inbound.known))
+        self.following.follow(inbound.feed, peer, inbound, inbound.known)
         return inbound
 
     def on_unknown(self, peer: Peer, number: int) -> None:
@@ -343,7 +351,7 @@ class Subscribing:
 
     def _retire(self, subscription: Subscription, inbound: InboundFeed) -> None:
         subscription.end(inbound)
-        self._drop_inbound(inbound)
+        self._drop_inbound(inbound, by_us=False)
         self._go_on(subscription, (inbound.source, inbound.topic), inbound)
 
     def _go_on(self, subscription: Subscription, key: Key, inbound: InboundFeed) -> None:
@@ -359,7 +367,8 @@ class Subscribing:
         else:
             self._context.emit(EndFeed(inbound.subscription, *key))
 
-    def _drop_inbound(self, inbound: InboundFeed) -> None:
+    def _drop_inbound(self, inbound: InboundFeed, *, by_us: bool) -> None:
+        self._books.close(inbound, by_us=by_us)
         self.endings.forget(inbound)
         self._past.update(inbound.counts)
         self.following.unfollow(inbound)
@@ -414,6 +423,11 @@ class Subscribing:
             for inbound in subscription.feeds.values():
                 total.update(inbound.counts)
         return total
+
+    def inbounds(self) -> Iterator[InboundFeed]:
+        """What our subscriptions follow now."""
+        for subscription in self.subscriptions.values():
+            yield from subscription.feeds.values()
 
     def check_invariants(self) -> None:
         """Assert what must hold for every inbound feed and its room (I7)."""

@@ -117,6 +117,7 @@ class Drop(StrEnum):
     REJECTED = "rejected"
     PARKED = "parked"
     BLOCKED = "blocked"
+    GIVEN_UP = "given_up"
 
 
 # Identity.

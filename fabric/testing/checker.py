@@ -13,6 +13,7 @@ from fabric.core.feeds import OutFeed
 from fabric.core.lanes import InboundFeed
 from fabric.core.wire import Drop
 from fabric.engine.loop import Engine
+from fabric.testing.audit import disagreements, imbalances
 from fabric.testing.history import FeedBook, History, Life, Lost, Reading, SubscriptionBook
 
 __all__ = ["Checker", "Violation"]
@@ -164,6 +165,10 @@ class Checker:
                 left.append(f"{life.key} is a zombie and does not know it (I10)")
         return left
 
+    def unheard(self) -> list[str]:
+        """Where a publisher has not heard its reader's books as they are: nowhere, a second after all rests."""
+        return list(disagreements(self._history))
+
     def _owed_in_vain(self, name: str, engine: Engine) -> Iterator[str]:
         """What is kept for subscriptions that their owners have closed: nobody will ever acknowledge it."""
         for out in engine.core.publishing.feeds.values():
@@ -235,7 +240,12 @@ class Checker:
     # States.
 
     def inspect(self) -> None:
-        """Look at all who live, now: bounds (I7), acknowledgements (I6), closure (I14). Raises `Violation`."""
+        """Look at all who live, now: books (I1), acknowledgements (I6), bounds (I7), closure (I14).
+
+        Raises `Violation`.
+        """
+        for wrong in imbalances(self._history):
+            raise Violation("I1", wrong)
         for life in self._history.lives.values():
             if life.engine is not None:
                 self._inspect_retention(life.engine)

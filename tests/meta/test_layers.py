@@ -16,7 +16,7 @@ FLOORS = (
     {"fabric.topics", "fabric.config"},
     {"fabric.payloads", "fabric.observe"},
     {"fabric.core", "fabric.storage", "fabric.rendezvous", "fabric.security"},
-    {"fabric.message"},
+    {"fabric.message", "fabric.guards"},
     {"fabric.engine"},
     {"fabric.subscription", "fabric.publisher", "fabric.requests", "fabric.letters"},
     {"fabric.member"},

@@ -215,7 +215,7 @@ class Game:
     def rest(self) -> None:
         """I9."""
         world, began = self.world, self.world.now_s
-        while left := self.strangers() + self.checker.unsettled() + self.stragglers():
+        while left := self.strangers() + self.checker.unsettled() + self.stragglers() or self.checker.unheard():
             if world.now_s - began > self.rest_s:
                 raise Violation("I9", "; ".join(left))
             world.run(REST_STEP_S)

@@ -17,6 +17,7 @@ import traceback
 from collections import Counter
 
 from fabric.testing import Violation
+from tests.simulation.book_variants import BOOK_VARIANTS
 from tests.simulation.draw import DISK
 from tests.simulation.play import play
 from tests.simulation.variants import VARIANTS, broken
@@ -28,14 +29,15 @@ VARIANT_REST_S = 20.0
 def hunt(first: int, seeds: int, wanted: int, names: list[str]) -> int:
     """For each broken variant, the first seeds that catch it. Returns 1 if one got away."""
     got_away = 0
-    for name in names or list(VARIANTS):
+    variants = VARIANTS | BOOK_VARIANTS
+    for name in names or list(variants):
         found: list[str] = []
         kinds, tried, began = Counter[str](), 0, time.monotonic()
         for seed in range(first, first + seeds):
             tried += 1
             started = time.monotonic()
             try:
-                with broken(VARIANTS[name]):
+                with broken(variants[name]):
                     play(seed, rest_s=VARIANT_REST_S)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is what we look for
                 took = time.monotonic() - started

@@ -102,7 +102,7 @@ def registrations_forgotten() -> list[Patch]:
         original(self)
         self.ticks = getattr(self, "ticks", 0) + 1
         if self.ticks % 40 == 0:
-            for name in list(self._registrations):
+            for name in {one.reader[0] for one in self.registrations}:
                 self.forget(name)
 
     return [wrapped(Publishing, "tick", tick)]
@@ -132,7 +132,7 @@ def answer_may_be_empty() -> list[Patch]:
 def join_point_moves() -> list[Patch]:
     def register(original: Any, self: Any, peer: Any, fields: Any) -> None:
         original(self, peer, fields)
-        registration = self._registrations.get(peer.name, {}).get(fields[0])
+        registration = self.registrations.of(peer.name).get(fields[0])
         for feed in registration.joins if registration is not None else ():
             out = self.by_id[feed]
             if out.readers.get(registration.reader) == registration.joins[feed]:

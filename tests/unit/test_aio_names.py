@@ -11,7 +11,8 @@ import fabric
 from fabric import aio
 
 CLASSES = ("Fabric", "Publisher", "Subscription")
-NOT_AWAITED = {"publisher", "on", "respond", "drain", "cursor", "commit", "handled_by", "statistics", "close_at_exit"}
+NOT_AWAITED = {"publisher", "on", "respond", "drain", "cursor", "commit", "handled_by", "statistics", "ledger"}
+NOT_AWAITED |= {"close_at_exit"}
 INSIDE = {"publisher_class", "subscription_class"}
 OUTBOX = {"abandon", "close_burst", "close_if_due", "has_left", "shut"}
 """What the engine asks of a publisher; the asynchronous one keeps its outbox to itself."""

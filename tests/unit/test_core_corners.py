@@ -100,7 +100,7 @@ def test_a_registration_that_was_overtaken_by_its_goodbye_is_stale() -> None:
     core.members.leave(peer, "left")
     core.publishing.forget("b")
     core.publishing.register(peer, (1, "t", "live", "reliable", False, []))
-    assert core.publishing.registrations_of("b") == 0
+    assert core.publishing.registrations.of("b") == {}
     assert core.context.counts[Drop.STALE] == 1
 
 

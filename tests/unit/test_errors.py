@@ -52,6 +52,7 @@ def test_only_waiting_and_fullness_can_be_tried_again() -> None:
         "SubscribeTimeoutError",
         "JoinTimeoutError",
         "QueueFullError",
+        "CircuitOpenError",
         "RequestTimeoutError",
         "SpillFullError",
         "SpillLockedError",

@@ -102,7 +102,7 @@ def test_a_new_life_of_a_subscriber_is_a_new_subscriber() -> None:
     link["b"].stopped = True
     link.start("b", 2)
     link.introduce()
-    assert link["a"].core.publishing.registrations_of("b") == 0
+    assert link["a"].core.publishing.registrations.of("b") == {}
     assert not link["a"].core.publishing.feeds["t"].owed
     link.subscribe("b", "t")
     link.crank()
@@ -140,7 +140,7 @@ def test_many_subscriptions_fit_into_their_frames() -> None:
     newcomer = link.start("c")
     link.introduce()
     link.run(100)
-    assert (newcomer.core.publishing.registrations_of("a"), newcomer.counts[Drop.SHAPE]) == (500, 0)
+    assert (len(newcomer.core.publishing.registrations.of("a")), newcomer.counts[Drop.SHAPE]) == (500, 0)
 
 
 def test_the_roster_is_not_told_to_another_job() -> None:

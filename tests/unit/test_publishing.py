@@ -116,7 +116,7 @@ def test_f23_the_registrations_of_a_peer_are_bounded() -> None:
     for number in range(REGISTRATIONS_PER_PEER_MAX + 3):
         frame = encode_control(Kind.REGISTER, member_id("b"), 1, number, "x", "live", "reliable", False, [], "")
         core.handle(events.ControlReceived(frame), link.now)
-    assert core.publishing.registrations_of("b") == REGISTRATIONS_PER_PEER_MAX
+    assert len(core.publishing.registrations.of("b")) == REGISTRATIONS_PER_PEER_MAX
     assert link["a"].counts[Drop.NO_ROOM] == 3
 
 
@@ -134,7 +134,7 @@ def test_who_left_cannot_register() -> None:
     link = listening()
     link.do("a", events.PeerDied("b", 1))
     say(link, Kind.REGISTER, 5, "t", "live", "reliable", False, [], "")
-    assert link["a"].core.publishing.registrations_of("b") == 0
+    assert link["a"].core.publishing.registrations.of("b") == {}
 
 
 def test_an_acknowledgement_only_raises_and_never_beyond_the_end() -> None:

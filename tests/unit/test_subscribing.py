@@ -381,7 +381,7 @@ def test_a_lost_farewell_of_a_subscription_is_repeated_until_it_is_answered() ->
     link.do("b", events.SubscriptionClosed(1))
     assert link.drop_kind(Kind.UNREGISTER)
     link.run(2_000)
-    assert link["a"].core.publishing.registrations_of("b") == 0
+    assert link["a"].core.publishing.registrations.of("b") == {}
     link.pass_time(2_000)
     assert link.waiting(Kind.UNREGISTER) == []
 
