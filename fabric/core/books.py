@@ -361,7 +361,10 @@ class Books:
                 continue  # nobody has it open: what it is owed lies on disk
             name, number = registration.reader
             for feed in registration.joins if name != self._context.name else ():
-                yield registration, self._publishing.by_id[feed], self._accounts.get((name, number, feed))
+                account = self._accounts.get((name, number, feed))
+                # One that was away too long and is back goes on with what it told before.
+                account = account or self._left.get((name, registration.incarnation, number, feed))
+                yield registration, self._publishing.by_id[feed], account
 
     def next_deadline_ns(self) -> int | None:
         """When somebody is asked again. Books are told in passing: a tick comes in every heartbeat's period."""

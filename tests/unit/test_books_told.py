@@ -84,6 +84,8 @@ def test_books_of_a_reader_that_was_away_too_long_go_on_when_it_is_back() -> Non
     (row,) = ledger(link, "a").rows
     assert (row.state, row.peer, row.totals) == ("lost", "down", Totals(owed=2, handled=2))
     link["b"].stopped = False
+    link.run(5_000)
+    assert (row_of(link, "a").state, row_of(link, "a").totals) == ("open", Totals(owed=2, handled=2))
     link.publish("a", "t", [0, 1])
     link.run(5_000)
     assert (row_of(link, "a").state, row_of(link, "a").totals) == ("open", Totals(owed=4, handled=4))
