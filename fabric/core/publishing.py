@@ -203,15 +203,14 @@ class Publishing:
         registration.since = registration.since or self._context.incarnation
         for line, begins in zip(lines, starts, strict=True):
             for out in line:
-                if out.feed in begins:
-                    self._enrol(registration, out, begins[out.feed])
-                elif out.readers.pop(registration.reader, None) is not None:
+                join = begins.get(out.feed, out.end)
+                if out.feed in begins and not (out.exact and join >= out.end):
+                    self._enrol(registration, out, join)
+                elif out.readers.pop(registration.reader, None) is not None:  # it is done with that
                     self._settle(out)
 
     def _enrol(self, registration: Registration, out: OutFeed, join: int) -> None:
         join = min(join, out.end)
-        if out.is_past and join == out.end and out.exact:
-            return  # it is done with that
         registration.joins[out.feed] = join
         registration.unproven[out.feed] = None
         if registration.best_effort or out.policy is Policy.LOSSY:
@@ -492,6 +491,9 @@ class Publishing:
         self.durable.check_invariants()
         for registration in self.registrations:
             assert registration.unproven.keys() <= registration.joins.keys() <= self.by_id.keys()
+        for out in self.by_id.values():
+            for name, number in out.readers:
+                assert out.feed in self.registrations.of(name)[number].joins, f"{out} is owed to nobody"
         for out in self.by_id.values():
             if out.policy is not Policy.LOSSY:
                 assert out.is_acknowledged or out.feed in self._pending, f"{out} would never be marked"
