@@ -105,11 +105,11 @@ class Fabric(Member[Publisher]):
         Raises `TopicError`, `SeedError`, `ConfigError`, and `SubscribeTimeoutError` if a live member does not confirm.
         """
         options = check_subscription(acknowledge, ownership, cursor, name, seeds)
-        inbox = self._run(self._opening(pattern, start, delivery, options.seeds, options.name, options.cursor))
+        inbox = self._open(pattern, start, delivery, options.seeds, options.name, options.cursor)
         return self.subscription_class(self._engine, inbox, pattern, options, idle_timeout_s=idle_timeout_s)
 
-    def _open(self, pattern: str, start: str) -> Inbox:
-        return self._run(self._opening(pattern, start, "reliable", None))
+    def _open(self, *wanted: Any) -> Inbox:  # noqa: ANN401 - the arguments of `_opening`
+        return self._run(self._opening(*wanted))
 
     # Handlers.
 
@@ -126,7 +126,7 @@ class Fabric(Member[Publisher]):
         parks = check_handler(attempts, exhausted)
 
         def decorate(function: Function) -> Function:
-            inbox = self._open(pattern, start)
+            inbox = self._open(pattern, start, "reliable", None)
             name = self._engine.letters.claim(pattern)
             self._dispatcher.add(function, inbox, name, attempts, parks=parks)
             return function
