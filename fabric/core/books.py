@@ -326,10 +326,12 @@ class Books:
         if registration.reader[0] == self._context.name:
             return
         key = (*registration.reader, out.feed)
-        account = self._accounts.pop(key, None) or self._open_account(registration, out)
-        account.left = out.end, out.readers.get(registration.reader, account.book.floor)
         name, number = registration.reader
-        self._left[name, registration.incarnation, number, out.feed] = account
+        gone = name, registration.incarnation, number, out.feed
+        # Registered once more by a frame that came late, it goes on with what it told before.
+        account = self._accounts.pop(key, None) or self._left.get(gone) or self._open_account(registration, out)
+        account.left = out.end, out.readers.get(registration.reader, account.book.floor)
+        self._left[gone] = account
         if len(self._left) > PAST_BOOKS_MAX:
             oldest = next(iter(self._left))
             self._older_read.add(self._reckon_left(oldest, self._left.pop(oldest)))

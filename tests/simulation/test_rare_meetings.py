@@ -82,17 +82,11 @@ def a_goodbye_that_overtakes_what_was_said_before() -> None:
         reader.subscribe("losses")
         trainer.publisher("losses")
         world.run(1.0)
-        card = trainer._engine.card
-        said = (
-            1,
-            1,
-            [(feed_id(card.name, card.incarnation, "losses"), "losses", "reliable", 0, 0, 0, card.incarnation, 0, 0)],
-        )
+        life = trainer._engine.card.incarnation
+        said = (1, 1, [(feed_id("rank-0", life, "losses"), "losses", "reliable", 0, 0, 0, life, 0, 0)])
         world.stop(trainer)
         world.run(1.0)
-        reader._engine.submit(
-            ControlReceived(encode_control(Kind.REGISTERED, member_id(card.name), card.incarnation, *said))
-        )
+        reader._engine.submit(ControlReceived(encode_control(Kind.REGISTERED, member_id("rank-0"), life, *said)))
         world.run(5.0)
         Checker(world.history).judge()
 

@@ -19,6 +19,7 @@ from fabric.core.machine import FabricCore
 from fabric.core.members import Members
 from fabric.core.publishing import Publishing
 from fabric.core.subscribing import Subscribing
+from fabric.core.subscriptions import Subscription
 from fabric.core.wire import Drop, Kind
 from fabric.engine.inbox import Hand
 from fabric.subscription import Subscription
@@ -82,9 +83,9 @@ def registered_once() -> list[Patch]:
 
 
 def unregistered_once() -> list[Patch]:
-    def leave(original: Any, self: Any, peer: Any, number: int, wait_ns: int = 1) -> None:
+    def leave(original: Any, self: Any, peer: Any, number: int, *, rests: bool, wait_ns: int = 1) -> None:
         if (peer.name, number) not in self._leaving:
-            original(self, peer, number, 10**15)
+            original(self, peer, number, rests=rests, wait_ns=10**15)
 
     return [wrapped(Subscribing, "_leave", leave)]
 
@@ -302,7 +303,10 @@ def gone_begins_again() -> list[Patch]:
         with mock.patch.object(Peer, "is_gone", False):
             original(self, event)
 
-    return [wrapped(FabricCore, "_on_control", on_control)]
+    def passed(original: Any, self: Any, key: Any) -> int:
+        return 0  # it would be recognised by this, too
+
+    return [wrapped(FabricCore, "_on_control", on_control), wrapped(Subscription, "passed", passed)]
 
 
 # The subscriber: bounds.
