@@ -61,7 +61,7 @@ def test_without_sqlite_the_same_letters_are_found_and_none_that_were_removed(so
 
 
 @pytest.mark.parametrize("part", ["head", "first page", *range(8)])
-def test_a_flipped_byte_costs_at_most_the_letters_of_its_page(
+def test_f65_a_flipped_byte_costs_at_most_the_letters_of_its_page(
     part: str | int, sound: Any, tmp_path: Path, caplog: Any
 ) -> None:
     data, letters, pages = sound

@@ -19,7 +19,7 @@ from fabric.core.machine import FabricCore
 from fabric.core.members import Members
 from fabric.core.publishing import Publishing
 from fabric.core.subscribing import Subscribing
-from fabric.core.subscriptions import Subscription
+from fabric.core import subscriptions
 from fabric.core.wire import Drop, Kind
 from fabric.engine.inbox import Hand
 from fabric.subscription import Subscription
@@ -306,7 +306,7 @@ def gone_begins_again() -> list[Patch]:
     def passed(original: Any, self: Any, key: Any) -> int:
         return 0  # it would be recognised by this, too
 
-    return [wrapped(FabricCore, "_on_control", on_control), wrapped(Subscription, "passed", passed)]
+    return [wrapped(FabricCore, "_on_control", on_control), wrapped(subscriptions.Subscription, "passed", passed)]
 
 
 # The subscriber: bounds.
