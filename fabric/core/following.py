@@ -206,19 +206,19 @@ class Following:
                 self._leave_push(followed)
 
     def _claim(self, followed: FollowedFeed, inbound: InboundFeed) -> None:
+        nobody = followed.unserved or followed.peer.is_gone  # to ask; its next life may have it
+        waits = inbound.fin is None and (inbound.durable or not followed.peer.is_gone)
         for offset, size, checksum in inbound.claim():
-            if followed.peer.is_gone and not inbound.durable:  # its goodbye overtook this record: nobody has the value
-                inbound.payload_lost(offset, Drop.GAP)
-            elif not (followed.peer.is_gone or followed.unserved):
+            if not nobody:
                 self._fetching.begin((followed.feed, offset), followed.peer.name, size, checksum)
+            elif not waits:
+                inbound.payload_lost(offset, Drop.GAP)
         if inbound.has_unclaimed:
             self._claiming[inbound] = followed
         else:
             self._claiming.pop(inbound, None)
 
     def _claim_more(self) -> None:
-        if not self._claiming:
-            return
         for inbound, followed in list(self._claiming.items()):
             self._claim(followed, inbound)
 
