@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from fabric.core import subscriptions
 from fabric.core.events import Deliver, ReportGap
 from fabric.core.feeds import OutFeed, Retention
 from fabric.core.following import Following
@@ -19,7 +20,6 @@ from fabric.core.machine import FabricCore
 from fabric.core.members import Members
 from fabric.core.publishing import Publishing
 from fabric.core.subscribing import Subscribing
-from fabric.core import subscriptions
 from fabric.core.wire import Drop, Kind
 from fabric.engine.inbox import Hand
 from fabric.subscription import Subscription
