@@ -197,7 +197,7 @@ class Registrations:
             return  # it was ours, and ended with that life
         if name:
             self._absent -= 1
-        number = self._absent if name else RESTORED - number
+        number = self._absent if name else min(number, RESTORED - number)  # the life before may not have met it, either
         restored = Registration((member, number), incarnation, compile_pattern(text), Start(start), False, True)
         restored.name, restored.absent_ns = name, max(1, self._context.now)
         restored.since = since

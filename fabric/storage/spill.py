@@ -391,9 +391,13 @@ class SpillLog:
         self._check_open()
         self._contents.release(feed, below)
         segment = self._shelf.oldest()
-        while segment is not None and segment is not self._active and not self._contents.is_needed(segment):
+        while segment is not None and not (self._is_last(segment) or self._contents.is_needed(segment)):
             self._delete(segment)
             segment = self._shelf.oldest()
+
+    def _is_last(self, segment: Segment) -> bool:
+        """Whether it is written to, or says for a log that outlives this process where its feeds ended."""
+        return segment is self._active or (self._keep and segment is self._shelf.newest())
 
     def _delete(self, segment: Segment) -> None:
         self._dirty.pop(segment.number, None)
@@ -415,6 +419,8 @@ class SpillLog:
         lost: list[Span] = []
         segment = self._shelf.oldest()
         while segment is not None and segment.created_ns + age_ns <= now_ns:
+            if self._keep and segment is self._shelf.newest():
+                break
             try:
                 self._delete(segment)
             except SpillBrokenError:

@@ -75,6 +75,10 @@ class FakeDisk:
         """
         self._failures[operation, self.calls[operation] + nth] = code
 
+    def mend(self) -> None:
+        """What was to fail and was not asked for does not fail any more."""
+        self._failures.clear()
+
     def asked(self, operation: str) -> None:
         """Count a call, and fail it if that was ordered."""
         self.calls[operation] += 1

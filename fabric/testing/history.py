@@ -309,6 +309,8 @@ class History:
                 )
 
     def _note_writing(self, engine: Engine, command: events.AppendRecords) -> None:
+        if not command.count:
+            return  # it names a feed
         key = FeedKey(engine.card.name, engine.card.incarnation, command.topic)
         self._written[command.feed, command.first] = self.feeds[key], command.first + command.count
 
@@ -327,7 +329,9 @@ class History:
                 continue
             members, before = engine.core.members.by_name, book.readers
             book.readers = {
-                (name, members[name].incarnation, number): floor for (name, number), floor in out.readers.items()
+                (name, members[name].incarnation, number): floor
+                for (name, number), floor in out.readers.items()
+                if name in members  # others are of an earlier life of ours
             }
             if first == book.first_available:
                 continue

@@ -17,6 +17,7 @@ from fabric.engine.storing import Outcome, Storekeeper, Wish
 from fabric.errors import LetterStoreFullError, SpillError
 from fabric.storage.dead_letters import DeadLetterStore
 from fabric.storage.spill import SpillLog
+from fabric.storage.state import MemberState
 from fabric.testing.disks import FakeDisk
 
 __all__ = ["DiskPlan", "WorldStore"]
@@ -53,14 +54,16 @@ class _WorldLetters(DeadLetterStore):
 class WorldStore:
     """A `Store` on a fake disk of its own."""
 
-    def __init__(self, engine: Engine, plan: DiskPlan, seed: str) -> None:
-        self._engine, self._plan, self._rng = engine, plan, Random(seed)
-        self.disk = FakeDisk()
+    def __init__(
+        self, engine: Engine, plan: DiskPlan, seed: str, disk: FakeDisk | None = None, state: MemberState | None = None
+    ) -> None:
+        self._engine, self._plan, self._rng, self._state = engine, plan, Random(seed), state
+        self.disk = disk if disk is not None else FakeDisk()
         self.is_harmed = False
         """Whether it was ever damaged: only then may it lose what it took."""
         letters = LetterKeeper(self._open_letters, engine.clock)
         letters.refused, letters.damaged = engine.letters.on_refused, engine.letters.on_damaged
-        self._keeper = Desk(Storekeeper(engine.card.incarnation, self._open, engine.wall_ns), letters)
+        self._keeper = Desk(Storekeeper(engine.card.incarnation, self._open, engine.wall_ns, state), letters)
         self._wishes: deque[tuple[int, Wish]] = deque()
 
     def _open(self) -> SpillLog:
@@ -119,7 +122,9 @@ class WorldStore:
         if any(isinstance(wish, LoadRecords) for wish in wishes) and self._rng.random() < self._plan.damage:
             self._damage()
         outcomes = self._keeper.work(wishes)
-        self.disk.steps.clear()  # nobody plays crashes of this disk: they need not be remembered
+        self.disk.mend()
+        if self._state is None:
+            self.disk.steps.clear()  # nobody plays crashes of this disk: they need not be remembered
         return outcomes
 
     def _damage(self) -> None:
@@ -131,6 +136,12 @@ class WorldStore:
         content = self.disk.content(self._rng.choice(sorted(segments)))
         if content:
             content[self._rng.randrange(len(content))] ^= 1 << self._rng.randrange(8)
+
+    def kill(self) -> None:
+        """The process is gone: what it asked for and was not done never is, what was written stays."""
+        self._wishes.clear()
+        if self._state is not None:
+            self._keeper.abandon()
 
     def close(self) -> None:
         """No more."""

@@ -7,8 +7,11 @@ so the same program with the same seed sees the same history.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
 from typing import Any
 
 from fabric.client import Fabric
@@ -18,7 +21,18 @@ from fabric.core.events import Card
 from fabric.core.wire import VERSION
 from fabric.engine.dispatch import Dispatcher
 from fabric.engine.loop import Engine
-from fabric.errors import BrokenError, ClosedError, ConfigError, InternalError, JoinTimeoutError, shortened
+from fabric.engine.storing import recovered
+from fabric.errors import (
+    BrokenError,
+    ClosedError,
+    ConfigError,
+    InternalError,
+    JoinTimeoutError,
+    SpillLockedError,
+    shortened,
+)
+from fabric.storage.state import MemberState
+from fabric.testing.disks import FakeDisk
 from fabric.testing.history import History
 from fabric.testing.stores import DiskPlan, WorldStore
 from fabric.testing.watching import WatchedFabric
@@ -109,7 +123,8 @@ class World:
     `plan` says what goes wrong on the way, `disk` what goes wrong on disk; default: nothing. `config` is what members
     join with; handlers always run in `step` mode, and the world runs them. `world_size` is the number of ranks. With
     `checked` the core's invariants are asserted after every event of every member, which costs about as much as the
-    events themselves.
+    events themselves. With `state` ranks have state, which outlives them: one that joins again after `kill`, `stop` or
+    `lose_power` serves what its last life left.
 
     `history` holds all that was published, received, lost and buried; `Checker(world.history).judge()` compares.
     """
@@ -123,8 +138,9 @@ class World:
         config: FabricConfig | None = None,
         world_size: int = 2,
         checked: bool = True,
+        state: bool = False,
     ) -> None:
-        self.seed, self.world_size, self.checked = seed, world_size, checked
+        self.seed, self.world_size, self.checked, self.state = seed, world_size, checked, state
         self.now_ns = S
         """The time of this world; it begins at 1 s, because 0 means "never" in many a place."""
         self.hub = MemoryHub(seed=seed, plan=plan, clock=self._clock)
@@ -133,6 +149,11 @@ class World:
         self._members: list[_Member] = []
         self._tasks: list[_Task] = []
         self._lives: dict[str, int] = {}
+        self._disks: dict[str, FakeDisk] = {}
+        """With state: the disk of each rank, which outlives its lives."""
+        self._floors: dict[str, FakeDisk] = {}
+        """Those disks as the last loss of power left them."""
+        self._boots: Counter[str] = Counter()
         self._dead: set[tuple[str, int]] = set()
         self._waits = _Waits(self)
 
@@ -170,14 +191,18 @@ class World:
             ConfigError: The rank is not below `world_size`.
             JoinTimeoutError: Somebody did not answer within `timeout_s` of this world's time.
         """
-        card, engine = self._open(member, host, config or self._config)
+        card, engine, state = self._open(member, host, config or self._config)
         others = {
             other.engine.card.name: other.engine.card for other in self._members if other.engine.card.name != card.name
         }
         dispatcher = Dispatcher(engine)
         fabric = WatchedFabric(engine, dispatcher, _Membership(self, engine), self.history)
-        store = engine.store = WorldStore(engine, self._disk, f"disk {self.seed} {card.name} {card.incarnation}")
+        chance = f"disk {self.seed} {card.name} {card.incarnation}"
+        disk = self._disks[card.name] if state is not None else None
+        store = engine.store = WorldStore(engine, self._disk, chance, disk, state)
         self._members.append(_Member(fabric, engine, dispatcher, store))
+        if state is not None:
+            engine.submit(recovered(state))
         for other in others.values():
             engine.submit(events.PeerAnnounced(other))
 
@@ -187,17 +212,18 @@ class World:
             return sorted(name for name in here if name not in known or not known[name].sees_us)
 
         if wait and not engine.until(lambda: not missing(), timeout_s):
-            state = f"missing: {shortened(missing())}"
+            left = f"missing: {shortened(missing())}"
             self.kill(fabric)
-            raise JoinTimeoutError("not all members answered", waited_s=timeout_s, state=state)
+            raise JoinTimeoutError("not all members answered", waited_s=timeout_s, state=left)
         return fabric
 
-    def _open(self, member: int | str, host: str, config: FabricConfig) -> tuple[Card, Engine]:
+    def _open(self, member: int | str, host: str, config: FabricConfig) -> tuple[Card, Engine, MemberState | None]:
         rank = None if isinstance(member, str) else member
         if rank is not None and not 0 <= rank < self.world_size:
             raise ConfigError(f"{rank} is no rank of {self.world_size}", field="member")
         name = f"rank-{member}" if rank is not None else str(member)
         self._lives[name] = max(self._lives.get(name, 0) + 1, EPOCH_NS + self.now_ns)
+        state = self._take_state(name, host, config) if self.state and rank is not None else None
         transport = MemoryTransport(self.hub, name)
         own = transport.endpoints
         card = Card(
@@ -214,10 +240,28 @@ class World:
         config = replace(config, work=replace(config.work, handlers=Handlers.STEP), install_signal_handler=False)
         engine = Engine(card, config, transport, self._clock, self._waits)
         engine.wall_ns = lambda: EPOCH_NS + self.now_ns
+        engine.stateless = "" if state is not None else "give World state=True, and end the life before"
         engine.probe = lambda other: (other.name, other.incarnation) in self._dead
         engine.watch = lambda event, commands: self._look(engine, event, commands)
         self.history.begin(engine)
-        return card, engine
+        return card, engine, state
+
+    def _take_state(self, name: str, host: str, config: FabricConfig) -> MemberState | None:
+        """What earlier lives of a rank left; None while one of them lives on as a zombie and has it."""
+        disk = self._disks.setdefault(name, FakeDisk())
+        rng = Random(f"state {self.seed} {name} {self._lives[name]}")
+        try:
+            return MemberState.open(
+                Path("/state") / name,
+                config.spill,
+                name=name,
+                boot=f"{host} {self._boots[host]}",
+                disk=disk,
+                wall_ns=lambda: self._lives[name],
+                identity=lambda size: rng.getrandbits(8 * size).to_bytes(size, "little"),
+            )
+        except SpillLockedError:
+            return None
 
     def _look(self, engine: Engine, event: object, commands: list[Any]) -> None:
         if self.checked:
@@ -231,9 +275,22 @@ class World:
         """
         for member in self._members:
             if member.fabric is fabric:
+                member.store.kill()
                 member.engine.close(0.0)
                 self._gone(member.engine.card, killed=True)
                 return
+
+    def lose_power(self, host: str = "host-0") -> None:
+        """Kill all members of a host, and lose what was not synced to its disks: each write may be there or not."""
+        rng = Random(f"power {self.seed} {host} {self._boots[host]}")
+        self._boots[host] += 1
+        for member in [member for member in self._members if member.engine.card.host == host]:
+            name = member.engine.card.name
+            self.kill(member.fabric)
+            if name in self._disks:
+                disk, floor = self._disks[name], self._floors.get(name)
+                left = disk.crashed(len(disk.steps), lambda _: rng.random() < 0.5, start=floor)
+                self._disks[name], self._floors[name] = left, left.copy()
 
     def stop(self, fabric: Fabric, *, timeout_s: float = 5.0) -> None:
         """End a member well: `fabric.close(timeout_s)`."""

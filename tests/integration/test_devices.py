@@ -58,6 +58,6 @@ def test_a_failed_copy_is_settled_as_lost_at_its_source(
     assert (counted["copies_failed"], counted["lost_at_source"], counted["handled"]) == (1, 1, 1)
 
 
-def test_what_does_not_exist_yet_says_so() -> None:
-    with fabric.join() as member, pytest.raises(ConfigError, match="does not exist yet"):
+def test_what_this_member_cannot_have_is_said() -> None:
+    with fabric.join() as member, pytest.raises(ConfigError, match="there is no state"):
         member.publisher("a.b", policy="durable")
