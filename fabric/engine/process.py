@@ -22,6 +22,8 @@ __all__ = ["Membership", "ProcessMembership"]
 log = logging.getLogger("fabric.process")
 
 _members: weakref.WeakSet[ProcessMembership] = weakref.WeakSet()
+AGAIN_S = 0.005
+"""A turn takes 0.2 ms."""
 LINGER_S = 0.5
 """What was handed to the sockets may leave for so long after a close: the goodbye."""
 
@@ -99,10 +101,19 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 atexit.register(_at_exit)
 
 
+def _is_driving(frame: FrameType | None) -> bool:
+    """Whether this stack is in the midst of an event: an exception there would leave the core with half of it."""
+    while frame is not None:
+        if frame.f_code is Engine.guarded.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def install_sigterm() -> Callable[[], None]:
     """Turn SIGTERM into `SystemExit(143)`, so that `with` blocks close; returns what restores the default.
 
-    Only over the default action, and only in the main thread.
+    Only over the default action, and only in the main thread. One that interrupts the handling of an event comes again.
     """
     if (
         threading.current_thread() is not threading.main_thread()
@@ -111,6 +122,11 @@ def install_sigterm() -> Callable[[], None]:
         return lambda: None
 
     def terminate(number: int, frame: FrameType | None) -> None:
+        if _is_driving(frame):
+            again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         raise SystemExit(128 + number)
 
     def restore() -> None:

@@ -65,7 +65,7 @@ class HandPage:
         page = self._map
         assert page is not None
         if page[: len(_HEAD)] != _HEAD:
-            if any(page):
+            if any(page[:]):  # a copy: a map is iterated as bytes objects, none of which is false
                 log.error("what was in hand in %s is damaged: nothing of it is counted", where)
             page[:] = _HEAD.ljust(_BYTES, b"\0")
         damaged = 0

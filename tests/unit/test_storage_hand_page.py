@@ -16,7 +16,7 @@ from fabric.storage.hand_page import HAND, SLOTS, HandPage, key_of
 from tests.harness.children import Parent, child
 
 
-def test_what_is_settled_is_forgotten_and_the_rest_is_found_again(tmp_path: Path) -> None:
+def test_what_is_settled_is_forgotten_and_the_rest_is_found_again(tmp_path: Path, caplog: Any) -> None:
     page = HandPage.open(tmp_path)
     assert page.suspects == {}
     page.note(7, 1)
@@ -37,6 +37,7 @@ def test_what_is_settled_is_forgotten_and_the_rest_is_found_again(tmp_path: Path
     third.forget(7)
     third.close()
     assert HandPage.open(tmp_path).suspects == {}
+    assert caplog.messages == [], "there was nothing to say, of a fresh page either"
 
 
 def hold(parent: Parent, where: str) -> None:
