@@ -74,7 +74,8 @@ class Publishing:
         for registration in self.registrations:
             if registration.pattern.matches(event.topic):
                 self._enrol(registration, out, 0)
-                self._tell(registration, [out])
+        if out.is_named:
+            self._tell_all(out)
 
     def close_burst(self, event: BurstClosed) -> None:
         """Retain, then send; of a durable feed, write, then send."""

@@ -13,7 +13,7 @@ import msgpack
 
 from fabric.config import Start
 from fabric.core.feeds import Reader
-from fabric.core.members import Context, Peer, S
+from fabric.core.members import NAME_BYTES_MAX, Context, Peer, S
 from fabric.core.wire import Drop
 from fabric.errors import TopicError
 from fabric.topics import Pattern, compile_pattern
@@ -115,6 +115,9 @@ class Registrations:
             return known, True, former
         if len(mine) >= REGISTRATIONS_PER_PEER_MAX:
             self._context.counts[Drop.NO_ROOM] += 1
+            return None
+        if len(name.encode(errors="replace")) > NAME_BYTES_MAX:
+            self._context.counts[Drop.SHAPE] += 1
             return None
         try:
             pattern, start = compile_pattern(text), Start(start)

@@ -36,6 +36,8 @@ HELLO_REGISTRATIONS_MAX = 400
 """Subscriptions in one HELLO: with the longest patterns it stays below CONTROL_BYTES_MAX. The rest registers alone."""
 FEEDS_PER_SUBSCRIPTION_MAX = 100_000
 """A member that names feeds without end is not followed beyond this: 64 members with 1,500 topics each."""
+LATER_MAX = 4096
+"""Feeds of one topic that wait for the one before; a publisher remembers as many lives."""
 HELLO_POSITIONS_MAX = 4
 REGISTER_FIRST_NS, REGISTER_MAX_NS = 50 * MS, 1000 * MS
 
@@ -202,7 +204,7 @@ class Subscribing:
             row = Row(*fields)
             if not (self._is_sound(peer, row) and compile_pattern(subscription.pattern).matches(row.topic)):
                 self._context.counts[Drop.SHAPE] += 1
-            elif self._add_feed(subscription, peer, row):
+            elif self._add_feed(subscription, peer, row) and len(told) < FEEDS_PER_SUBSCRIPTION_MAX:
                 told.add(row.feed)
         if peer.name in subscription.asked and len(told) >= total:
             del subscription.asked[peer.name]
@@ -245,6 +247,9 @@ class Subscribing:
             current = self._enter(subscription, peer, row, place, 0, place.floor)
         if current is not None:
             later = subscription.later.setdefault(key, {})
+            if len(later) >= LATER_MAX and row.incarnation not in later:
+                self._context.counts[Drop.NO_ROOM] += 1
+                return True
             later[row.incarnation] = row
             if current.fin is None:
                 self.endings.ask(current)

@@ -17,6 +17,10 @@ Key: TypeAlias = tuple[str, str]
 """Source and topic."""
 
 
+ENDED_MAX = 100_000
+"""Topics of which the newest settled feed is remembered; as many as a subscription may follow."""
+
+
 class Row(NamedTuple):
     """A feed as its publisher names it to a subscription."""
 
@@ -114,8 +118,12 @@ class Subscription:
         """A feed is settled to its end."""
         key = inbound.source, inbound.topic
         del self.feeds[key]
-        self.ended[key] = inbound.incarnation
+        self.ended.pop(key, None)
+        self.ended[key] = inbound.incarnation  # the last to end stands last
         self.places[key] = Place(inbound.incarnation, inbound.floor)
+        if len(self.ended) > ENDED_MAX:
+            oldest = next(iter(self.ended))
+            del self.ended[oldest], self.places[oldest]
         if self.committed is not None and not inbound.best_effort:
             self.uncommitted[inbound.feed] = Finished(key, inbound.incarnation, inbound.floor)
 

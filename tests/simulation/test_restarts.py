@@ -6,6 +6,7 @@ Each seed is a little job: a publisher, a subscriber that saves its cursor with 
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from random import Random
 from typing import Any
@@ -20,7 +21,8 @@ from fabric.testing import DiskPlan, World
 from transports import FaultPlan
 
 TOPICS = ("work.a", "work.b")
-SEEDS = range(60)
+PER_BLOCK = 500 if os.environ.get("TENSOR_FABRIC_SOAK") else 8
+BLOCKS = 6
 CONFIG = FabricConfig(
     subscribe_timeout_s=2.0,
     liveness=Liveness(suspect_s=0.5, down_s=2.0),
@@ -204,9 +206,10 @@ def _differences(found: dict[Any, list[int]], wanted: dict[Any, list[int]]) -> l
 
 
 @pytest.mark.parametrize("power", [False, True], ids=["killed", "power"])
-@pytest.mark.parametrize("block", range(6))
+@pytest.mark.timeout(20 + PER_BLOCK)
+@pytest.mark.parametrize("block", range(BLOCKS))
 def test_every_accepted_record_is_handled_once_over_restarts(block: int, *, power: bool) -> None:
-    for seed in SEEDS[block * 10 : block * 10 + 10]:
+    for seed in range(block * PER_BLOCK, (block + 1) * PER_BLOCK):
         job = Job(seed, power=power)
         try:
             job.play()
