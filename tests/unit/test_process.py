@@ -25,6 +25,7 @@ def test_f56_a_signal_in_the_midst_of_an_event_waits_for_its_end() -> None:
         done.append("all of it")
         return 1
 
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     restore = install_sigterm()
     try:
         with pytest.raises(SystemExit) as caught:
@@ -34,4 +35,5 @@ def test_f56_a_signal_in_the_midst_of_an_event_waits_for_its_end() -> None:
         assert caught.value.code == 143
     finally:
         restore()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        left = signal.signal(signal.SIGTERM, before)
+    assert left is signal.SIG_DFL
