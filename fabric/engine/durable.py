@@ -14,7 +14,7 @@ from fabric.config import BURST_BYTES_MAX, WhenFull
 from fabric.core.wire import ADDRESSED, RECORD_BYTES, checksum_of, encode_descriptor
 from fabric.engine.steps import Steps, Wait
 from fabric.errors import PayloadError, QueueFullError, WaitTimeoutError
-from fabric.payloads import Pending, Plan, PooledBuffer, pack_metadata, plan
+from fabric.payloads import Pending, Plan, pack_metadata, plan
 from fabric.topics import check_seed
 
 if TYPE_CHECKING:
@@ -39,6 +39,19 @@ class _Attempt(Generic[T]):
     def __init__(self, first: int, end: int, refused: int, lanes: dict[int, tuple[int, int]], result: T) -> None:
         self.first, self.end, self.refused, self.lanes, self.result = first, end, refused, lanes, result
         self.is_taken: bool | None = None
+
+
+class _Frozen:
+    """A value that may be put into one burst after another, until the disk takes one of them."""
+
+    __slots__ = ("view",)
+
+    def __init__(self, view: memoryview) -> None:
+        self.view = view
+
+    def freeze(self) -> memoryview:
+        """As a pooled buffer's, but as often as it is asked; the buffer comes back when the last view dies."""
+        return self.view
 
 
 class Durability:
@@ -94,25 +107,20 @@ class Durability:
     def _publishing_large(self, planned: Plan, seed: int, packed: bytes) -> Steps[int]:
         outbox = self._outbox
         buffer, pending, descriptor = outbox._fill(planned)
-        try:
-            if pending is not None:
-                descriptor = yield from self._copying(buffer, pending)
-            add = partial(self._append_large, buffer, planned.kind | ADDRESSED, seed, descriptor, packed)
-            return (yield from self._taking(planned.size, add))
-        except BaseException:
-            if self._attempt is None:
-                buffer.release()  # it was not taken
-            raise
+        if pending is not None:
+            yield from self._copying(pending)
+        frozen = _Frozen(buffer.freeze())
+        descriptor = descriptor or encode_descriptor(len(frozen.view), checksum_of(frozen.view))
+        add = partial(self._append_large, frozen, planned.kind | ADDRESSED, seed, descriptor, packed)
+        return (yield from self._taking(planned.size, add))
 
-    def _copying(self, buffer: PooledBuffer, pending: Pending) -> Steps[bytes]:
+    def _copying(self, pending: Pending) -> Steps[None]:
         """A value on a device is numbered when it is here: the disk could not take it sooner. Raises `StagingError`."""
         timeout_s = self._outbox.engine.config.retention.publish_timeout_s
         if not (yield Wait(pending.poll, timeout_s)):
             raise WaitTimeoutError("a copy from the device is not done", waited_s=timeout_s, state="nothing was taken")
-        view = buffer.freeze()
-        return encode_descriptor(len(view), checksum_of(view))
 
-    def _append_large(self, buffer: PooledBuffer, kind: int, seed: int, descriptor: bytes, packed: bytes) -> int:
+    def _append_large(self, buffer: _Frozen, kind: int, seed: int, descriptor: bytes, packed: bytes) -> int:
         outbox = self._outbox
         outbox.payloads[outbox.next] = buffer
         return outbox._append(seed, kind, descriptor, packed, RECORD_BYTES + len(packed))

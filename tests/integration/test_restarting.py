@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,22 @@ def test_a_full_log_takes_nothing_and_uses_no_number(state: Path) -> None:
         until(lambda: _takes(publisher), what="room that was given back is used")
         message = inbox.receive(timeout_s=10)
         assert (message.sequence, message.offset) == (len(sequences) // 3 + (len(sequences) % 3 > 1), len(sequences))
+
+
+def test_a_large_value_that_waits_for_room_on_disk_is_taken_once_there_is_some(state: Path) -> None:
+    small = replace(CONFIG, spill=Spill(segment_bytes=MIB, bytes_max=4 * MIB, free_bytes_min=1))
+    with alone(state, small) as fabric:
+        inbox = fabric.subscribe("a", name="worker", cursor={})
+        publisher = fabric.publisher("a", policy="durable")
+        taken = [publisher.publish(bytes(MIB)), publisher.publish(bytes(MIB))]
+        late = threading.Thread(target=lambda: taken.append(publisher.publish(bytes(2 * MIB))))
+        late.start()
+        until(lambda: fabric.statistics().get("durable_refused", 0) > 1, what="it is refused, and tried again")
+        take(inbox, 2)
+        inbox.commit(inbox.cursor())
+        late.join(20)
+        assert taken == [0, 1, 2]
+        assert len(inbox.receive(timeout_s=10).value) == 2 * MIB
 
 
 def _takes(publisher: Any) -> bool:
