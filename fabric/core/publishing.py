@@ -7,13 +7,14 @@ from typing import Any
 
 from fabric.config import Policy
 from fabric.core.ancestry import Ancestry
-from fabric.core.disk import SaveRegistrations, StateRecovered, WriteFailed, WriteFinished
+from fabric.core.disk import StateRecovered, WriteFailed, WriteFinished
 from fabric.core.durable import DurableWrites
 from fabric.core.events import Broadcast, Buffer, BurstClosed, FeedOpened, SendBulk
 from fabric.core.feeds import OutFeed, Reader, Retention
 from fabric.core.members import MS, Context, Members, Peer, S
 from fabric.core.ranges import RangeSet
 from fabric.core.registrations import Registration, Registrations
+from fabric.core.saving import Saving
 from fabric.core.spilling import Question, Spilling
 from fabric.core.wire import Drop, Kind, encode_control, encode_marker, feed_id
 
@@ -31,8 +32,6 @@ PULL_RANGES_MAX = 64
 """Ranges of a pull that are answered; the same as a subscriber asks for at once."""
 UNKNOWN_PER_FRAME_MAX = 64
 """Answers to one frame of acknowledgements; the rest is told with the next."""
-SAVE_NS = 5 * S
-"""Acknowledged positions are saved so often: who begins again after both sides died gets at most so much twice."""
 
 
 class Publishing:
@@ -48,9 +47,7 @@ class Publishing:
         self.spilling = Spilling(context, self.retention)
         self.durable = DurableWrites(context, self.retention)
         self.registrations = Registrations(context)
-        self._saving: dict[int, list[Registration]] = {}
-        """Writes of the registrations, and who is confirmed once they are over."""
-        self._save_due_ns, self._saved = 0, b""
+        self._saving = Saving(context, self.registrations, self._position_of)
         self._expired: dict[str, dict[int, None]] = {}
         """Subscriptions of members that were absent too long; should they come back, they are told."""
         self.on_left: Callable[[Registration, OutFeed], None] = lambda registration, out: None
@@ -112,7 +109,7 @@ class Publishing:
             self._begin(registration, {})
         for out in self.ancestry.past():
             self._settle(out)
-        self._save_due_ns = self._context.now + SAVE_NS
+        self._saving.begin()
 
     def on_written(self, event: WriteFinished) -> None:
         """The disk is done with everything up to a number."""
@@ -123,39 +120,14 @@ class Publishing:
             self._send(out, burst)
             if not out.readers:
                 self._settle(out)
-        for number in [number for number in self._saving if number <= event.number]:
-            for registration in self._saving.pop(number):
-                if registration.saved == number:
-                    registration.saved = 0
-                    self._tell(registration)
+        for registration in self._saving.finished(event.number):
+            self._tell(registration)
 
     def on_refused(self, event: WriteFailed) -> None:
         """The disk refused. Who waits to be confirmed asks again."""
         self.spilling.on_failed(event)
         self.durable.on_failed(event)
-        for number in self._saving.keys() & range(event.first, event.number + 1):
-            for registration in self._saving.pop(number):
-                registration.saved = -1 if registration.saved == number else registration.saved
-            self._saved = b""
-
-    def _save(self, registration: Registration) -> None:
-        """Write down who is owed what, and then confirm."""
-        registration.saved = self._write_down(self.registrations.pack(self._position_of), [registration])
-
-    def _save_again(self) -> None:
-        """Write down what moved since."""
-        packed = self.registrations.pack(self._position_of)
-        self._save_due_ns = self._context.now + SAVE_NS
-        if packed != self._saved:
-            self._write_down(packed, [])
-
-    def _write_down(self, packed: bytes, confirming: list[Registration]) -> int:
-        number = self._context.next_write()
-        self._saving[number], self._saved = confirming, packed
-        self._save_due_ns = self._context.now + SAVE_NS
-        outlives = any(registration.name for registration in self.registrations)
-        self._context.emit(SaveRegistrations(number, packed, outlives))
-        return number
+        self._saving.on_failed(event)
 
     def _position_of(self, registration: Registration, feed: int) -> int:
         return self.by_id[feed].readers.get(registration.reader, registration.joins[feed])
@@ -185,15 +157,10 @@ class Publishing:
         self._rename(registration, former)
         if is_new:
             self._begin(registration, dict(fields[5]))
-        if self._must_save(registration):
-            self._save(registration)
+        if self._saving.is_due(registration):
+            self._saving.save(registration)
         elif not registration.saved:
             self._tell(registration)
-
-    def _must_save(self, registration: Registration) -> bool:
-        if not self.registrations.persists or registration.best_effort:
-            return False
-        return registration.saved < 0 or (self.registrations.changed and not registration.saved)
 
     def _begin(self, registration: Registration, stated: dict[int, int]) -> None:
         """Enrol a new session of a subscription in what it is owed."""
@@ -409,8 +376,7 @@ class Publishing:
                 if peer.name != self._context.name:
                     self._expire(peer)
         self._expire_absent()
-        if self.registrations.persists and now >= self._save_due_ns:
-            self._save_again()
+        self._saving.tick()
 
     def _mark_idle(self, next_ns: int) -> int:
         """Mark the feeds that are due; when to look again."""
