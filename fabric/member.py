@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from fabric.config import Delivery, Policy, Start, WhenFull, check_policy
 from fabric.core import events
 from fabric.core.cursors import Cursor, parse_cursor
+from fabric.core.disk import RestWanted
 from fabric.core.members import NAME_BYTES_MAX
 from fabric.core.wire import feed_id
 from fabric.engine.auditing import draw_up
@@ -34,6 +35,8 @@ __all__ = ["CloseReport", "Member", "PeerInfo", "check_handler", "check_subscrip
 S = 1_000_000_000
 PROOF_S = 2.0
 """How long `subscribe` waits for push links that nobody repairs; their first marker takes milliseconds."""
+REST_S = 2.0
+"""How long a close waits for the disk to take what is still owed: 256 MiB, from memory to a slow disk."""
 BOOKS_S = 0.5
 """How long a close waits for the books of readers that have acknowledged everything; their answer takes
 milliseconds."""
@@ -62,7 +65,8 @@ class CloseReport:
 
     `balanced`: all that was owed came to a known end, or to a gap that was reported; open gaps, and readers that died,
     are `ledger.known_unknowns`. Otherwise `ledger.unknown` names the ranges of which nothing is known, each with its
-    reader and the reader's state, and `unacknowledged` has them by topic and reader.
+    reader and the reader's state, and `unacknowledged` has them by topic and reader. What is `kept` is in balance, too:
+    a member with state wrote it down, and its next life serves it.
     """
 
     balanced: bool
@@ -71,6 +75,8 @@ class CloseReport:
     """{topic: {reader: (first offset not acknowledged, end)}}"""
     ledger: Ledger = field(default_factory=lambda: Ledger(""))
     """The last books; `ledger.explain()` says in words what is missing from them."""
+    kept: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
+    """As `unacknowledged`, of what is on disk for the next life; subscribers wait for it."""
 
 
 class Member(Generic[P]):
@@ -252,18 +258,26 @@ class Member(Generic[P]):
             for number in list(engine.inboxes):  # what we have not taken is owed to nobody: our peers may close, too
                 engine.submit(events.SubscriptionClosed(number))
             yield Wait(self._is_settled, timeout_s)
+            if not engine.stateless:
+                engine.submit(RestWanted())
+                yield Wait(lambda: engine.core.publishing.keeping.is_over, REST_S)
             engine.submit(events.BooksWanted())
             left_s = max(0.0, timeout_s - (engine.clock() - began) / S)
             yield Wait(lambda: not engine.core.books.untold_by(), min(left_s, BOOKS_S))
-            left, ledger = self._unacknowledged(), self._final_ledger()
+            report = self._report_on(began)
             engine.submit(events.IntakeStopped(say_bye=True))
         except (BrokenError, ClosedError):
-            left, ledger = self._unacknowledged(), self._final_ledger()
-        return CloseReport(not left and ledger.balanced, (engine.clock() - began) / S, left, ledger)
+            report = self._report_on(began)
+        return report
 
-    def _final_ledger(self) -> Ledger:
+    def _report_on(self, began_ns: int) -> CloseReport:
+        left, kept = self._unacknowledged(), dict[str, dict[str, tuple[int, int]]]()
         with self._engine.lock:
-            return draw_up(self._engine.core, final=True)
+            feeds = self._engine.core.publishing.feeds
+            for topic in [topic for topic in left if topic in feeds and feeds[topic].is_written_down]:
+                kept[topic] = left.pop(topic)
+            ledger = draw_up(self._engine.core, final=True)
+        return CloseReport(not left and ledger.balanced, (self._engine.clock() - began_ns) / S, left, ledger, kept)
 
     def _is_settled(self) -> bool:
         return all(publisher._has_arrived for publisher in self._publishers.values()) and not self._unacknowledged()

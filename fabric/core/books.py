@@ -84,7 +84,7 @@ class Reckoning:
 
     `end`: up to where the subscription is owed; `acknowledged`: the floor that its publisher has heard, or None where
     it has no say. `peer`: the state of the member at the other side. `left`: a reader that is registered no more, and
-    has not told its last books; `lost`: nor will it, for that member is over.
+    has not told its last books; `lost`: nor will it, for that member is over. `kept`: our next life has the rest.
     """
 
     book: Book
@@ -93,6 +93,7 @@ class Reckoning:
     acknowledged: int | None = None
     left: bool = False
     lost: bool = False
+    kept: bool = False
     feeds: int = 1
     """How many books were added up to this one."""
 
@@ -392,7 +393,8 @@ class Books:
             registered.add((name, registration.incarnation, number, out.feed))
             book, floor = (account or self._open_account(registration, out)).book, out.readers.get((name, number))
             end = book.known if floor is None or book.state == "closed" else out.end
-            reckoned.append(Reckoning(book, end, self._state_of(name, registration.incarnation), floor))
+            state, kept = self._state_of(name, registration.incarnation), out.is_past or out.is_written_down
+            reckoned.append(Reckoning(book, end, state, floor, kept=kept))
         reckoned += [self._reckon_left(key, account) for key, account in self._left.items() if key not in registered]
         return [*reckoned, *self._older_read.reckon()]
 

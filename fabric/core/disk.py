@@ -19,6 +19,7 @@ __all__ = [
     "RecordsExpired",
     "RecordsLoaded",
     "ReleaseRecords",
+    "RestWanted",
     "SaveRegistrations",
     "StateRecovered",
     "WriteFailed",
@@ -63,6 +64,11 @@ class StateRecovered:
 
 
 @crossing
+class RestWanted:
+    """The application closes, and has state: what is still owed is written down, for the next life to serve."""
+
+
+@crossing
 class WriteFinished:
     """All writes up to `number` that were not refused before are on disk."""
 
@@ -102,7 +108,7 @@ class RecordsExpired:
 class AppendRecords:
     """Write a burst to the spill log; answer with `WriteFinished` or `WriteFailed`.
 
-    One of no records makes the log know its feed.
+    One of no records makes the log know its feed, and that it ends at `first`.
     """
 
     number: int
@@ -114,7 +120,8 @@ class AppendRecords:
     payloads: Mapping[int, Buffer] = field(default_factory=dict)
     policy: str = "reliable"
     sync: str = ""
-    """`process` or `power` of a durable feed: whether the write is over only when it survives a loss of power."""
+    """`process` or `power` of a durable feed: whether the write is over only when it survives a loss of power.
+    `closed`: the log has all that this feed owes, and nothing follows."""
 
 
 @crossing

@@ -36,7 +36,7 @@ class Endings:
         self._asking: dict[InboundFeed, int] = {}
         """Feeds of lives that are over, and when to ask again where they ended."""
         self._orphans: dict[InboundFeed, int] = {}
-        """Durable feeds whose publishers are gone, and how long their next lives are waited for."""
+        """Feeds that outlive their publishers, which are gone, and how long their next lives are waited for."""
 
     def _of(self, peer: Peer) -> list[InboundFeed]:
         return [
@@ -85,22 +85,23 @@ class Endings:
         if not (end or exact):  # it knows nothing of it
             self._finish(inbound, 0, exact=False)
             return
-        inbound.fin = end
+        inbound.fin, inbound.outlives = end, True  # it is on the disk that served it once
         self._following.serve(inbound, end)
         inbound.learn(min(first, end), end)
         self._end(inbound, end, exact=exact)
 
-    def on_bye(self, peer: Peer, told: dict[int, int]) -> None:
-        """Its ends are exact; what did not come by now will not come. A next life may have what is durable."""
+    def on_bye(self, peer: Peer, told: dict[int, tuple[int, bool]]) -> None:
+        """Its ends are exact; what did not come by now will not come, unless it is on disk, for a next life."""
         for inbound in self._of(peer):
             if not _lacks_some(inbound):
                 continue
-            if inbound.durable and inbound.incarnation < peer.incarnation:
+            if inbound.outlives and inbound.incarnation < peer.incarnation:
                 self._orphan(inbound)
                 continue
-            end = told.get(feed_id(peer.name, inbound.incarnation, inbound.topic))
+            end, kept = told.get(feed_id(peer.name, inbound.incarnation, inbound.topic), (None, False))
             inbound.known = max(inbound.known, end or 0)
-            if inbound.durable and (end is None or inbound.next < end):
+            inbound.outlives |= kept
+            if inbound.outlives and (end is None or inbound.next < end):
                 self._orphan(inbound)
             else:  # 0: nobody is left to ask for what is missing
                 self._finish(inbound, 0, exact=end is not None)
@@ -110,7 +111,7 @@ class Endings:
         for inbound in self._of(peer):
             if not _lacks_some(inbound):
                 continue
-            if inbound.durable:
+            if inbound.outlives:
                 self._orphan(inbound)
             else:
                 self._finish(inbound, 0, exact=False)

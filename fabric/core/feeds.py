@@ -75,6 +75,7 @@ class OutFeed:
         "feed",
         "incarnation",
         "is_named",
+        "is_written_down",
         "kept",
         "last_data_ns",
         "listeners",
@@ -99,6 +100,8 @@ class OutFeed:
         self.sync = sync
         self.is_named = policy is not Policy.DURABLE
         """Whether the next life would know it: nobody hears of a durable feed before."""
+        self.is_written_down = False
+        """Whether this life closes, and the disk has all that it owes, and where it ended."""
         self.refused = 0
         """Bursts of a durable feed that the disk did not take: nobody ever saw them."""
         self.exact: bool | None = None
@@ -341,6 +344,15 @@ class Retention:
         """A burst among those that wait for the disk; before most of them."""
         insort(out.unwritten, burst, key=_end_of)
         self._queue(out)
+
+    def spill_rest(self, out: OutFeed) -> None:
+        """All that a feed owes is for the disk, whatever its publisher wanted while it was open."""
+        if not out.spills:
+            out.spills = True
+            out.unwritten.extend(
+                burst for burst in out.owed if burst.place is Place.MEMORY and burst.end > out.released
+            )
+            self._queue(out)
 
     def written(self, out: OutFeed, burst: StoredBurst, *, done: bool) -> None:
         """A write is over. What was acknowledged meanwhile stays where it is."""

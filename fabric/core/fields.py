@@ -77,8 +77,8 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.FIN: (str, int, int, int, int, int, bool),
     # the newest incarnation of you that was seen
     Kind.FENCED: (int,),
-    # feeds with their ends; whether this is the last of them
-    Kind.BYE: (Each(int, int), bool),
+    # feeds with their ends, and whether the next life has what is missing; whether this is the last of them
+    Kind.BYE: (Each(int, int, bool), bool),
     # token, my books: (subscription, feed, join offset, end that I know of, floor, settled above it, whether I closed
     # the subscription, how many records came to which end)
     Kind.BOOKS: (int, Each(int, int, int, int, int, int, bool, Each(str, int))),

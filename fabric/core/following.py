@@ -172,7 +172,7 @@ class Following:
     def keeps(self, feed: int) -> bool:
         """Whether what is lost of this feed with its publisher may be had from its next life."""
         followed = self.feeds.get(feed)
-        return followed is not None and any(inbound.durable for inbound in followed.inbounds)
+        return followed is not None and any(inbound.outlives for inbound in followed.inbounds)
 
     # Receiving.
 
@@ -207,7 +207,7 @@ class Following:
 
     def _claim(self, followed: FollowedFeed, inbound: InboundFeed) -> None:
         nobody = followed.unserved or followed.peer.is_gone  # to ask; its next life may have it
-        waits = inbound.fin is None and (inbound.durable or not followed.peer.is_gone)
+        waits = inbound.fin is None and (inbound.outlives or not followed.peer.is_gone)
         for offset, size, checksum in inbound.claim():
             if not nobody:
                 self._fetching.begin((followed.feed, offset), followed.peer.name, size, checksum)

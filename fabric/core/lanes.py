@@ -52,6 +52,7 @@ class InboundFeed:
         "latest",
         "lost",
         "next",
+        "outlives",
         "reasons",
         "room",
         "seeds",
@@ -88,7 +89,7 @@ class InboundFeed:
         self.reasons: dict[int, str] = {}
         self.fin: int | None = None
         """Where the feed ended, once its publisher told or was lost."""
-        self.latest = self.durable = False
+        self.latest = self.durable = self.outlives = False
         self.committed: int | None = None
         """What the application's last saved cursor says of this feed; None: what is handled counts (S2)."""
         self.turned_away = False

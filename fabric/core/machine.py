@@ -14,6 +14,7 @@ from typing import Any
 from fabric.config import FabricConfig
 from fabric.core import events
 from fabric.core.books import Books, Reckoning
+from fabric.core.disk import RestWanted
 from fabric.core.events import Buffer, Card, DisconnectPeer, SendBulk
 from fabric.core.exchange import Exchange
 from fabric.core.fetching import Fetching
@@ -47,7 +48,7 @@ class FabricCore:
         self.following = self.subscribing.following
         self.exchange = Exchange(self.context, self.members, self.fetching)
         self.members.in_use = self.subscribing.knows
-        self._farewells: dict[str, dict[int, int]] = {}
+        self._farewells: dict[str, dict[int, tuple[int, bool]]] = {}
         """Ends of feeds from peers whose goodbye is not complete."""
         self._handlers = self._by_event()
         self._messages = self._by_kind()
@@ -83,6 +84,7 @@ class FabricCore:
             events.StateRecovered: self.publishing.recover,
             events.WriteFinished: self.publishing.on_written,
             events.WriteFailed: self.publishing.on_refused,
+            RestWanted: lambda event: self.publishing.keep_rest(),
             events.BooksWanted: lambda event: self.books.ask(),
             events.RecordsLoaded: self._on_records_loaded,
             events.RecordsExpired: self._on_records_expired,
@@ -281,13 +283,13 @@ class FabricCore:
         ends, is_last = fields
         told = self._farewells.setdefault(peer.name, {})
         if len(told) < FEEDS_PER_SUBSCRIPTION_MAX:
-            told.update(ends)
+            told.update({feed: (end, kept) for feed, end, kept in ends})
         if is_last:
             self.members.leave(peer, "left")
             self.subscribing.on_bye(peer, self._farewells.pop(peer.name))
             self._part_from(peer)
 
-    def _say_bye(self, peer: Peer, ends: list[tuple[int, int]]) -> None:
+    def _say_bye(self, peer: Peer, ends: list[tuple[int, int, bool]]) -> None:
         for begin in range(0, len(ends) or 1, ENDS_PER_FRAME):
             is_last = begin + ENDS_PER_FRAME >= len(ends)
             self.context.send(peer.name, Kind.BYE, ends[begin : begin + ENDS_PER_FRAME], is_last)

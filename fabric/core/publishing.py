@@ -11,6 +11,7 @@ from fabric.core.disk import StateRecovered, WriteFailed, WriteFinished
 from fabric.core.durable import DurableWrites
 from fabric.core.events import Broadcast, Buffer, BurstClosed, FeedOpened, SendBulk
 from fabric.core.feeds import OutFeed, Reader, Retention
+from fabric.core.keeping import Keeping
 from fabric.core.members import MS, Context, Members, Peer, S
 from fabric.core.ranges import RangeSet
 from fabric.core.registrations import Registration, Registrations
@@ -46,6 +47,7 @@ class Publishing:
         self.by_id = self.ancestry.by_id
         self.spilling = Spilling(context, self.retention)
         self.durable = DurableWrites(context, self.retention)
+        self.keeping = Keeping(context, self.retention, self.spilling)
         self.registrations = Registrations(context)
         self._saving = Saving(context, self.registrations, self._position_of)
         self._expired: dict[str, dict[int, None]] = {}
@@ -122,22 +124,30 @@ class Publishing:
                 self._settle(out)
         for registration in self._saving.finished(event.number):
             self._tell(registration)
+        self.keeping.finished(event.number)
 
     def on_refused(self, event: WriteFailed) -> None:
         """The disk refused. Who waits to be confirmed asks again."""
         self.spilling.on_failed(event)
         self.durable.on_failed(event)
         self._saving.on_failed(event)
+        self.keeping.on_failed(event)
 
     def _position_of(self, registration: Registration, feed: int) -> int:
         return self.by_id[feed].readers.get(registration.reader, registration.joins[feed])
 
-    def stop(self) -> list[tuple[int, int]]:
+    def stop(self) -> list[tuple[int, int, bool]]:
         """No burst follows; returns the ends of all feeds for BYE."""
         self.is_stopped = True
         for out in self.feeds.values():
             out.closed = True
-        return [(out.feed, out.end) for out in self.feeds.values() if out.readers or out.listeners]
+        followed = [out for out in self.feeds.values() if out.readers or out.listeners]
+        return [(out.feed, out.end, out.is_written_down) for out in followed]
+
+    def keep_rest(self) -> None:
+        """We close, and have state: the next life serves what is not acknowledged by now."""
+        self._saving.save_positions()
+        self.keeping.begin(list(self.feeds.values()))
 
     # Registrations.
 

@@ -45,7 +45,7 @@ class Spilling:
         self._writes: dict[int, tuple[OutFeed, StoredBurst]] = {}
         """Writes under way, by number, in their order."""
         self._refused_until_ns = self._again_ns = self._failed_reads = 0
-        self._most = retention.owed_bytes_max // 2
+        self._most = self._most_idle = retention.owed_bytes_max // 2
         """Owed in memory; what is more is written."""
         self._current: Question | None = None
         """The question that the disk is at, one at a time: so no more is loaded than one answer needs."""
@@ -64,6 +64,17 @@ class Spilling:
         self._most = max(0, min(self._most, self._retention.owed_bytes_max - size))
         self.write()
 
+    def write_all(self) -> None:
+        """Ask the disk to take everything from now on."""
+        self._most = self._most_idle = 0
+        self._refused_until_ns = 0
+        self.write()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether the disk has still to answer."""
+        return bool(self._writes)
+
     def write(self) -> None:
         """Ask the disk to take what memory should not have to hold."""
         retention = self._retention
@@ -72,7 +83,7 @@ class Spilling:
         while retention.writing_bytes < WRITING_BYTES_MAX:
             found = retention.write_next(self._most)
             if found is None:
-                self._most = retention.owed_bytes_max // 2
+                self._most = self._most_idle
                 break
             out, burst = found
             number = self._context.next_write()

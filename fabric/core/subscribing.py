@@ -163,8 +163,6 @@ class Subscribing:
             subscription.asked[peer.name] = (self._context.now + REGISTER_FIRST_NS, REGISTER_FIRST_NS, True)
             self._context.wake_by(self._context.now + REGISTER_FIRST_NS)
             subscription.told.pop(peer.name, None)
-            for key in [key for key in subscription.later if key[0] == peer.name]:
-                self._miss(subscription, key)
         self.following.outlive(peer)
         self.endings.welcome(peer)
         self._forget_leaving(peer)
@@ -172,10 +170,10 @@ class Subscribing:
     def _miss(self, subscription: Subscription, key: Key) -> None:
         """Lives of a publisher are over before we came to them: what they published is an open gap.
 
-        What was durable is named again by the next.
+        What is on disk is named again by the next.
         """
         for row in subscription.later.pop(key).values():
-            if subscription.delivery is Delivery.RELIABLE and row.policy not in (Policy.LOSSY, Policy.DURABLE):
+            if subscription.delivery is Delivery.RELIABLE and not (row.policy == Policy.LOSSY or row.outlives):
                 self._past["open_gaps"] += 1
                 self._books.miss(subscription.number, key, row.incarnation, row.feed, row.join)
                 gap = ReportGap(subscription.number, *key, row.incarnation, row.first_available, None, Drop.GAP)
@@ -275,6 +273,8 @@ class Subscribing:
         inbound = self._enter(subscription, peer, row, place, row.first_available, row.end)
         if row.ending:
             self.endings.end_past(peer, inbound, row.first_available, row.end, exact=row.ending == 1)
+        elif row.incarnation < peer.incarnation:  # that life was over before we came to it: what is left of it?
+            self.endings.ask(inbound)
 
     def _enter(
         self, subscription: Subscription, peer: Peer, row: Row, place: Place, first: int, end: int
@@ -296,6 +296,7 @@ class Subscribing:
         )
         inbound.resume(place.settled)
         inbound.latest, inbound.durable = row.policy == Policy.LATEST, row.policy == Policy.DURABLE
+        inbound.outlives = row.outlives
         if inbound.latest:
             inbound.name_losses(Drop.SUPERSEDED)
         if subscription.committed is not None:
@@ -336,8 +337,11 @@ class Subscribing:
 
     # Ends.
 
-    def on_bye(self, peer: Peer, told: dict[int, int]) -> None:
-        """A publisher closed after it drained."""
+    def on_bye(self, peer: Peer, told: dict[int, tuple[int, bool]]) -> None:
+        """A publisher closed after it drained. What it wrote down comes from its next life."""
+        kept = {feed for feed, (_, is_kept) in told.items() if is_kept}
+        for subscription in self.subscriptions.values():
+            subscription.keep_rows(kept)
         self._lose(peer)
         self.endings.on_bye(peer, told)
 

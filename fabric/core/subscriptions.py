@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
-from fabric.config import Delivery
+from fabric.config import Delivery, Policy
 from fabric.core.cursors import Cursor, Place
 from fabric.core.events import SubscriptionOpened
 from fabric.core.lanes import InboundFeed
@@ -35,6 +35,13 @@ class Row(NamedTuple):
     """The incarnation whose feed of this topic comes first; 0: none."""
     ending: int
     """0: it goes on. 1: it ended at `end`. 2: so much of it is known."""
+    kept: bool = False
+    """Whether its publisher closed, and wrote down what was missing."""
+
+    @property
+    def outlives(self) -> bool:
+        """Whether the next life of its publisher will name it again: it is on disk."""
+        return self.policy == Policy.DURABLE or self.ending > 0 or self.kept
 
 
 class Finished(NamedTuple):
@@ -113,6 +120,13 @@ class Subscription:
         if not rows:
             del self.later[key]
         return row
+
+    def keep_rows(self, feeds: set[int]) -> None:
+        """Of feeds that we have not come to, these outlive their publisher."""
+        for rows in self.later.values():
+            for incarnation, row in rows.items():
+                if row.feed in feeds:
+                    rows[incarnation] = row._replace(kept=True)
 
     def end(self, inbound: InboundFeed) -> None:
         """A feed is settled to its end."""

@@ -37,7 +37,9 @@ def _row(reckoning: Reckoning, *, final: bool) -> LedgerRow:
         return replace(row, known_unknown=replace(unknown, first=end, end=None))
     if is_over and rest:
         return replace(row, known_unknown=unknown)
-    return replace(row, unknown=(unknown,)) if final and is_reader and rest else row
+    if final and is_reader and rest:
+        return replace(row, kept=unknown) if reckoning.kept else replace(row, unknown=(unknown,))
+    return row
 
 
 def _totals(book: Book, owed: int, acknowledged: int, in_flight: int) -> Totals:

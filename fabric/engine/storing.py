@@ -209,17 +209,18 @@ class Storekeeper:
         self.error = refusal
 
     def _entries(self, wishes: Sequence[AppendRecords]) -> list[Entry]:
-        """The names of feeds that the log does not know, and then the bursts. Without records it is a name only."""
-        fresh = {wish.feed: wish for wish in wishes if wish.feed not in self._named}
-        names = [
-            Entry(Kind.FEED, feed, self._incarnation, 0, 0, FeedName(wish.topic, wish.policy, wish.sync).encode())
-            for feed, wish in fresh.items()
-        ]
-        return names + [
-            Entry(Kind.BURST, wish.feed, self._incarnation, wish.first, wish.count, wish.frame, wish.payloads)
-            for wish in wishes
-            if wish.count
-        ]
+        """The names of feeds that the log does not know, and the bursts. A wish of no records is a name only."""
+        entries, fresh = list[Entry](), set[int]()
+        for wish in wishes:
+            if not wish.count or not (wish.feed in self._named or wish.feed in fresh):
+                fresh.add(wish.feed)
+                name = FeedName(wish.topic, wish.policy, wish.sync).encode()
+                end = wish.first if not wish.count else 0
+                entries.append(Entry(Kind.FEED, wish.feed, self._incarnation, end, 0, name))
+            if wish.count:
+                place = wish.feed, self._incarnation, wish.first, wish.count
+                entries.append(Entry(Kind.BURST, *place, wish.frame, wish.payloads))
+        return entries
 
     def _load(self, feed: int, first: int) -> LoadedBurst:
         spill = self._log

@@ -110,6 +110,8 @@ class LedgerRow:
     known_unknown: Unknown | None = None
     """The member at the other side is over, and nobody can say more: where its feed ended (reported to the application
     as an open gap), or what it handled of ours before it died. The dead are owed nothing, so this is in balance."""
+    kept: Unknown | None = None
+    """This member closed, and what it had not heard of is on its disk: its next life goes on from there. In balance."""
     feeds: int = 1
     """How many feeds this row sums up."""
 
@@ -163,6 +165,9 @@ class Ledger:
             yield f"nothing is known of {unknown}"
         for unknown in self.known_unknowns:
             yield f"nobody can say any more: {unknown}"
+        for row in self.rows:
+            if row.kept is not None:
+                yield f"kept for the next life: {row.kept}"
 
     def __str__(self) -> str:
         verdict = "balanced" if self.balanced else "NOT balanced"

@@ -43,7 +43,8 @@ class FeedName(NamedTuple):
     topic: str
     policy: str
     sync: str
-    """`process` or `power`; empty for a feed that is not durable."""
+    """What a durable feed survives, `process` or `power`. `closed` for another one, once its member closed and the log
+    has all that it owed. Empty until then."""
 
     def encode(self) -> bytes:
         """Its bytes; none of the three holds a zero."""
@@ -170,8 +171,8 @@ class MemberState:
             yield KeptFeed(feed, entry.incarnation, name, end, is_certain and not unknown, bursts)
 
     def _is_certain(self, incarnation: int, name: FeedName) -> bool:
-        """Only what is written before it is sent ends where the log ends."""
-        if name.policy != "durable":
+        """What is written before it is sent ends where the log ends; what was written down at a close, too."""
+        if name.policy != "durable" and name.sync != "closed":
             return False
         return name.sync == "power" or incarnation not in self._doubtful or incarnation in self.log.ended
 

@@ -38,7 +38,7 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.STATUS: ("layers.0.health", 6),
     Kind.FIN: ("layers.0.health", 6, 7, FEED, 0, 17, True),
     Kind.FENCED: (8,),
-    Kind.BYE: ([(FEED, 17)], True),
+    Kind.BYE: ([(FEED, 17, True)], True),
     Kind.BOOKS: (12, [(3, FEED, 5, 17, 9, 2, False, [("handled", 5), ("not_asked", 1)])]),
     Kind.BOOKED: (12, True),
     Kind.REQUEST: (1, 1, "evaluate", 1, 10000, 2, b"\x80", b"value"),

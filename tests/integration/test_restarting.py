@@ -216,6 +216,22 @@ def test_a_named_subscription_goes_on_where_it_stood_until_it_is_ended(state: Pa
         assert list(fabric.subscribe("a", name="worker").drain()) == []
 
 
+@pytest.mark.parametrize("when_full", ["spill", "block"])
+def test_a_close_leaves_what_a_reliable_topic_owes_to_the_next_life(state: Path, when_full: str) -> None:
+    values = [*range(99), b"large" * 100_000]
+    with alone(state) as fabric:
+        fabric.subscribe("a", name="later").close()
+        fabric.publisher("a", when_full=when_full).publish_many(values, seeds=[0] * 100)
+        life = fabric._engine.card.incarnation
+    with alone(state) as fabric:
+        fabric.publisher("a", when_full=when_full).publish("new")
+        inbox = fabric.subscribe("a", name="later")
+        messages = take(inbox, 101)
+        assert [message.value for message in messages] == [*values, "new"]
+        assert {message.incarnation for message in messages[:100]} == {life}
+        assert inbox.gaps == ()
+
+
 def test_nobody_waits_for_a_subscription_that_nobody_has_open(state: Path) -> None:
     with alone(state) as fabric:
         fabric.subscribe("a", name="worker").close()

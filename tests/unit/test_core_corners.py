@@ -80,13 +80,13 @@ def test_a_goodbye_in_many_frames_is_complete_with_the_last_and_bounded(monkeypa
     link.crank()
     core = link["b"].core
 
-    def bye(ends: list[tuple[int, int]], is_last: bool) -> list[Any]:
+    def bye(ends: list[tuple[int, int, bool]], is_last: bool) -> list[Any]:
         return link.do("b", events.ControlReceived(encode_control(Kind.BYE, member_id("a"), 1, ends, is_last)))
 
-    bye([(FEED, 1)], False)
+    bye([(FEED, 1, False)], False)
     assert not core.members.by_name["a"].is_gone
-    bye([(99, 1)], False)
-    assert core._farewells == {"a": {FEED: 1}}, "a second frame finds no room"
+    bye([(99, 1, False)], False)
+    assert core._farewells == {"a": {FEED: (1, False)}}, "a second frame finds no room"
     bye([], True)
     assert core.members.by_name["a"].is_gone
     assert core._farewells == {}

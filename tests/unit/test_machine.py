@@ -319,7 +319,7 @@ def test_a_flood_of_named_feeds_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         (Kind.PULL, (FEED, 1, 2**64 - 1, [(0, 2**64 - 1)] * 4000)),
         (Kind.PULL, (FEED, 1, 2**64 - 1, [(n, n + 2) for n in range(0, 8000, 2)])),
         (Kind.FETCH, (FEED, 0, 0, 2**64 - 1, 1)),
-        (Kind.BYE, ([(FEED, 2**64 - 1)] * 4000, True)),
+        (Kind.BYE, ([(FEED, 2**64 - 1, True)] * 4000, True)),
     ],
 )
 def test_one_frame_leads_to_bounded_work(kind: Kind, fields: tuple[Any, ...]) -> None:
