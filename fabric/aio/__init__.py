@@ -22,8 +22,9 @@ from fabric.aio.publisher import Publisher
 from fabric.aio.subscription import Subscription
 from fabric.config import FabricConfig
 from fabric.engine.inbox import Gap
+from fabric.entering import Entry
 from fabric.errors import FabricError
-from fabric.joining import Entry, enter_job, enter_rank
+from fabric.joining import enter_job, enter_rank
 from fabric.letters import RedriveReport
 from fabric.member import CloseReport, PeerInfo
 from fabric.message import Message, Reply, Request

@@ -13,8 +13,8 @@ import pytest
 
 from fabric import join
 from fabric.config import Letters
+from fabric.entering import Entry
 from fabric.errors import LetterStoreLockedError
-from fabric.joining import Entry
 from fabric.payloads import decode
 from fabric.storage.dead_letters import DeadLetterStore
 from tests.harness.children import Parent, child

@@ -91,7 +91,7 @@ def test_f36_a_state_directory_that_others_may_enter_is_refused(state: Path) -> 
 
 
 def test_f26_state_has_one_owner_at_a_time(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fabric.joining.TAKEOVER_S", 0.05)
+    monkeypatch.setattr("fabric.entering.TAKEOVER_S", 0.05)
     with alone(state), pytest.raises(SpillLockedError):
         alone(state)
     alone(state).close()

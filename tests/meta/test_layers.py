@@ -20,7 +20,7 @@ FLOORS = (
     {"fabric.engine"},
     {"fabric.subscription", "fabric.publisher", "fabric.requests", "fabric.letters"},
     {"fabric.member"},
-    {"fabric.client"},
+    {"fabric.client", "fabric.entering"},
     {"fabric.joining"},
     {"fabric.aio"},
     {"fabric.services", "fabric.testing"},

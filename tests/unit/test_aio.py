@@ -16,6 +16,7 @@ from fabric import FabricConfig, aio
 from fabric.aio import handlers
 from fabric.config import Delivery, Retention, Start
 from fabric.core.events import ExecuteRequest, SubscriptionOpened
+from fabric.entering import Entry
 from fabric.errors import (
     ClosedError,
     JoinTimeoutError,
@@ -24,7 +25,6 @@ from fabric.errors import (
     SubscribeTimeoutError,
     WrongThreadError,
 )
-from fabric.joining import Entry
 from tests.harness.faces import rendezvous
 from tests.harness.looping import looped, rest, true
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fabric.core.events import ControlReceived, IntakeStopped, PeerAnnounced
 from fabric.core.members import Peer, card_fields
 from fabric.core.wire import Kind, encode_control
-from fabric.joining import _has_met
+from fabric.entering import _has_met
 from tests.harness.pair import Link, card
 
 
