@@ -17,11 +17,12 @@ from fabric.client import CloseReport, Fabric, PeerInfo, Publisher
 from fabric.config import FabricConfig
 from fabric.engine.inbox import Gap
 from fabric.errors import FabricError
-from fabric.joining import join, observe
+from fabric.joining import adopt, join, observe
 from fabric.letters import DeadLetter, DeadLetters, RedriveReport
 from fabric.message import Message, Reply, Request
 from fabric.observe.ledger import Ledger
 from fabric.payloads import register
+from fabric.storage.orphans import Orphan
 from fabric.subscription import Subscription
 
 __all__ = [
@@ -34,12 +35,14 @@ __all__ = [
     "Gap",
     "Ledger",
     "Message",
+    "Orphan",
     "PeerInfo",
     "Publisher",
     "RedriveReport",
     "Reply",
     "Request",
     "Subscription",
+    "adopt",
     "join",
     "observe",
     "register",

@@ -214,7 +214,7 @@ class Fabric(Member[Publisher]):
     # Ending.
 
     def flush(self, *, timeout_s: float = 5.0) -> None:
-        """Until all that was published is acknowledged by the owed subscriptions of other members.
+        """Until all that was published, in earlier lives too, is acknowledged by owed subscriptions of other members.
 
         Raises `WaitTimeoutError`.
         """

@@ -18,11 +18,20 @@ from fabric.engine.loop import Engine
 from fabric.engine.process import ProcessMembership, install_sigterm
 from fabric.engine.sleeping import ThreadedWaits
 from fabric.engine.storing import Storekeeper, ThreadedStore, recovered
-from fabric.errors import ConfigError, JoinTimeoutError, SpillError, SpillLockedError, VersionMismatchError, shortened
+from fabric.errors import (
+    ConfigError,
+    JoinTimeoutError,
+    SpillError,
+    SpillLockedError,
+    StateDirectoryError,
+    VersionMismatchError,
+    shortened,
+)
 from fabric.rendezvous import Card, announce, this_host, withdraw
 from fabric.storage.clock import steady_wall_ns
 from fabric.storage.hand_page import HandPage
-from fabric.storage.home import open_home, open_letters, state_home, sweep
+from fabric.storage.home import open_home, open_letters, state_home, states_home, sweep
+from fabric.storage.orphans import find_orphans
 from fabric.storage.state import LETTERS, MemberState
 from transports import Endpoints
 from transports.base import AddressError, SocketLimits
@@ -46,6 +55,9 @@ class Entry:
     letters_directory: Path | None = None
     """Where dead letters, and what is in hand, outlive this process; None: they end with it."""
 
+    state_directory: Path | None = None
+    """That was given for state."""
+
     def __init__(self, config: FabricConfig) -> None:
         self.config = config
         self.leave: list[Callable[[], None]] = []
@@ -62,25 +74,37 @@ class Entry:
         say why there is none.
         """
         try:
-            home = state_home(directory, job, name, base=self.config.spill.directory)
-            deadline = time.monotonic() + (TAKEOVER_S if directory is not None else 0.0)
-            while True:
-                try:
-                    self._state = MemberState.open(
-                        home, self.config.spill, name=name, boot=this_host(), wall_ns=steady_wall_ns
-                    )
-                    break
-                except SpillLockedError:
-                    if time.monotonic() > deadline:
-                        raise
-                time.sleep(0.02)  # its last owner is being killed: the kernel has much memory to give back
-            self._state.kept = directory is not None
-            self.letters_directory = home / LETTERS
+            state = self._open_state(directory, job, name, TAKEOVER_S if directory is not None else 0.0)
+            state.kept = directory is not None
         except SpillError as error:
             if directory is not None:
                 raise
             log.warning("%s of %s has no state, and cannot have durable topics: %s", name, job, error)
             self._stateless = str(error)
+
+    def take_orphan(self, directory: Path | None, job: str, name: str) -> None:
+        """Take what a member left that is not expected back."""
+        home = states_home(directory, job, base=self.config.spill.directory)
+        if name not in (orphan.name for orphan in find_orphans(home)):
+            raise StateDirectoryError(f"there is no state of {name}, or it is in use", directory=str(home))
+        state = self._open_state(directory, job, name, 0.0)
+        state.kept, state.is_adopted = False, True
+
+    def _open_state(self, directory: Path | None, job: str, name: str, patience_s: float) -> MemberState:
+        home = state_home(directory, job, name, base=self.config.spill.directory)
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                self._state = MemberState.open(
+                    home, self.config.spill, name=name, boot=this_host(), wall_ns=steady_wall_ns
+                )
+                break
+            except SpillLockedError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.02)  # its last owner is being killed: the kernel has much memory to give back
+        self.state_directory, self.letters_directory = directory, home / LETTERS
+        return self._state
 
     def open(self, name: str, rank: int | None, world_size: int, job: str) -> None:
         """Bind the sockets and start the engine."""
@@ -115,6 +139,7 @@ class Entry:
         else:
             engine.submit(recovered(self._state))
         self._membership = ProcessMembership(engine, self.waits, self.leave)
+        self._membership.state_directory = self.state_directory
         engine.on_connect = self._membership.remember
         self.waits.start(engine)
         if self.letters_directory is not None:

@@ -1,19 +1,22 @@
-"""Entering a fabric: `join` for ranks, `observe` for others."""
+"""Entering a fabric: `join` for ranks, `observe` for others, `adopt` for one that does not come back."""
 
 from __future__ import annotations
 
 import os
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from fabric.client import Fabric
 from fabric.config import FabricConfig
 from fabric.engine.dispatch import Dispatcher
 from fabric.entering import Entry
 from fabric.errors import ConfigError, RendezvousError, shortened
+from fabric.member import Member
 from fabric.rendezvous import Card, find, open_rendezvous, this_host
 
-__all__ = ["enter_job", "enter_rank", "join", "observe"]
+__all__ = ["adopt", "enter_job", "enter_orphan", "enter_rank", "join", "observe"]
 
 
 def join(
@@ -104,6 +107,55 @@ def enter_job(job: str | None, name: str, address: str | None, config: FabricCon
             entry.open(name, None, 1, job)
             cards = entry.look_in(address, timeout_s)
         entry.greet(cards, deadline)
+        return entry
+    except BaseException:
+        entry.give_up()
+        raise
+
+
+def adopt(
+    by: Fabric, name: str, *, state_directory: str | os.PathLike[str] | None = None, timeout_s: float = 10.0
+) -> Fabric:
+    """Take the place of a member that does not come back, and serve what it left (see `Fabric.orphans`).
+
+    Returns that member in a new life, in this process: subscribers are served what they are owed under its name, in
+    order. `flush` returns when those that are here have it all, and closing it removes the state then, unless there are
+    dead letters or absent subscriptions that are owed something. Should the member come back after all, it begins anew.
+
+    Args:
+        by: A member of the job, a rank or an observer; it gives the settings.
+        name: Of the member, such as `rank-3`.
+        state_directory: That of the member; by default as in `Fabric.orphans`.
+        timeout_s: For all other members to answer.
+
+    Raises:
+        ConfigError: that member is here.
+        StateDirectoryError: there is no such state, or it cannot be used.
+        SpillLockedError: somebody has it open.
+        SpillBrokenError: the disk failed.
+        JoinTimeoutError: somebody did not answer.
+    """
+    return _seat(enter_orphan(by, name, state_directory, timeout_s))
+
+
+def enter_orphan(by: Member[Any], name: str, state_directory: str | os.PathLike[str] | None, timeout_s: float) -> Entry:
+    """All of `adopt` but for the face; its parameters."""
+    deadline = time.monotonic() + timeout_s
+    engine = by._engine
+    engine.require_open()
+    with engine.lock:
+        there = [
+            peer.card
+            for peer in engine.core.members.by_name.values()
+            if peer.is_there and not engine.probe(peer.card)  # just killed, and not missed yet
+        ]
+    if name in {by.name, *(card.name for card in there)}:
+        raise ConfigError(f"{name} is here itself", field="name")
+    entry = Entry(replace(engine.config, install_signal_handler=False))
+    try:
+        entry.take_orphan(by._where(state_directory), by.job, name)
+        entry.open(name, None, by.world_size, by.job)
+        entry.greet([Card(**asdict(card)) for card in [engine.card, *there]], deadline)
         return entry
     except BaseException:
         entry.give_up()

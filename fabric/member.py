@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from fabric.config import Delivery, Policy, Start, WhenFull, check_policy
@@ -19,11 +21,13 @@ from fabric.engine.auditing import draw_up
 from fabric.engine.inbox import Inbox
 from fabric.engine.loop import Engine
 from fabric.engine.steps import Steps, Wait
-from fabric.errors import BrokenError, ClosedError, ConfigError, SubscribeTimeoutError, shortened
+from fabric.errors import BrokenError, ClosedError, ConfigError, SubscribeTimeoutError, WaitTimeoutError, shortened
 from fabric.message import Message
 from fabric.observe.ledger import Ledger
 from fabric.publisher import PublisherBase
 from fabric.requests import Requests
+from fabric.storage.home import states_home
+from fabric.storage.orphans import Orphan, find_orphans
 from fabric.subscription import Options
 from fabric.topics import check_seed, check_topic, compile_pattern
 
@@ -134,6 +138,19 @@ class Member(Generic[P]):
                 )
                 for peer in core.members.others()
             }
+
+    def orphans(self, *, state_directory: str | os.PathLike[str] | None = None) -> list[Orphan]:
+        """The states of members of this job that nobody has open, by name: of those that died, and of those that left.
+
+        `adopt` serves what one of them owes. `state_directory` is that of the members in question: by default ours,
+        or where `join(job=...)` puts it. Nothing is changed, and what cannot be read is left out with a warning.
+        """
+        return find_orphans(
+            states_home(self._where(state_directory), self.job, base=self._engine.config.spill.directory)
+        )
+
+    def _where(self, state_directory: str | os.PathLike[str] | None) -> Path | None:
+        return self._membership.state_directory if state_directory is None else Path(state_directory)
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.world_size) if rank != self.rank]
@@ -246,6 +263,14 @@ class Member(Generic[P]):
         deadline_ns = self._engine.clock() + int(timeout_s * S)
         for publisher in list(self._publishers.values()):
             yield from publisher._flushing(max(0.0, (deadline_ns - self._engine.clock()) / S))
+        left_s = max(0.0, (deadline_ns - self._engine.clock()) / S)
+        if not (yield Wait(self._is_past_settled, left_s)):
+            raise WaitTimeoutError(
+                "not everything was acknowledged", waited_s=timeout_s, state="feeds of earlier lives"
+            )
+
+    def _is_past_settled(self) -> bool:
+        return not self._engine.core.publishing.owes_past()
 
     def _ending(self, timeout_s: float) -> Steps[CloseReport]:
         """All of a close but for what comes before, the handlers, and what comes after, leaving."""
@@ -280,7 +305,8 @@ class Member(Generic[P]):
         return CloseReport(not left and ledger.balanced, (self._engine.clock() - began_ns) / S, left, ledger, kept)
 
     def _is_settled(self) -> bool:
-        return all(publisher._has_arrived for publisher in self._publishers.values()) and not self._unacknowledged()
+        arrived = all(publisher._has_arrived for publisher in self._publishers.values())
+        return arrived and not self._unacknowledged() and self._is_past_settled()
 
     def _unacknowledged(self) -> dict[str, dict[str, tuple[int, int]]]:
         left: dict[str, dict[str, tuple[int, int]]] = {}

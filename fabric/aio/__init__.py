@@ -24,12 +24,13 @@ from fabric.config import FabricConfig
 from fabric.engine.inbox import Gap
 from fabric.entering import Entry
 from fabric.errors import FabricError
-from fabric.joining import enter_job, enter_rank
+from fabric.joining import enter_job, enter_orphan, enter_rank
 from fabric.letters import RedriveReport
 from fabric.member import CloseReport, PeerInfo
 from fabric.message import Message, Reply, Request
 from fabric.observe.ledger import Ledger
 from fabric.payloads import register
+from fabric.storage.orphans import Orphan
 
 __all__ = [
     "CloseReport",
@@ -41,12 +42,14 @@ __all__ = [
     "Gap",
     "Ledger",
     "Message",
+    "Orphan",
     "PeerInfo",
     "Publisher",
     "RedriveReport",
     "Reply",
     "Request",
     "Subscription",
+    "adopt",
     "join",
     "observe",
     "register",
@@ -80,6 +83,13 @@ async def observe(
 ) -> Fabric:
     """Enter a running job without a rank, as `fabric.observe` does."""
     return _seat(await in_thread(lambda: enter_job(job, name, address, config, timeout_s), Entry.give_up))
+
+
+async def adopt(
+    by: Fabric, name: str, *, state_directory: str | os.PathLike[str] | None = None, timeout_s: float = 10.0
+) -> Fabric:
+    """Take the place of a member that does not come back, as `fabric.adopt` does."""
+    return _seat(await in_thread(lambda: enter_orphan(by, name, state_directory, timeout_s), Entry.give_up))
 
 
 def _seat(entry: Entry) -> Fabric:

@@ -60,9 +60,11 @@ class Fabric(Member[LoopOutbox]):
     ) -> Publisher:
         """The publisher of a topic; the same one each time.
 
-        `policy`: `reliable`, `latest` (the newest of each seed wins) or `lossy` (every drop is counted). `when_full`,
-        for `reliable`: `block` (default; waits at most `publish_timeout_s`), `drop_oldest`, `fail`. `sync` is for
-        `durable` topics, which do not exist yet. Raises `TopicError`, `ConfigError`.
+        `policy`: `reliable`, `durable` (on disk before it is sent), `latest` (the newest of each seed wins) or `lossy`
+        (every drop is counted). `when_full`, for `reliable`: `spill` (default), `block` (waits at most
+        `publish_timeout_s`), `drop_oldest`, `fail`; for `durable`: `block` (default), `fail`. `sync`, for `durable`:
+        `process` survives the death of this process, `power` a loss of power. A durable topic needs a member with
+        state (see `join`). Raises `TopicError`, `ConfigError`.
         """
         return self._face(self._publisher(topic, policy, when_full, sync))
 
@@ -251,7 +253,7 @@ class Fabric(Member[LoopOutbox]):
     # Ending.
 
     async def flush(self, *, timeout_s: float = 5.0) -> None:
-        """Until all that was published is acknowledged by the owed subscriptions of other members.
+        """Until all that was published, in earlier lives too, is acknowledged by owed subscriptions of other members.
 
         Raises `WaitTimeoutError`.
         """

@@ -46,7 +46,7 @@ class Ancestry:
 
     def past(self) -> list[OutFeed]:
         """All feeds of earlier lives."""
-        return [out for out in self.by_id.values() if out.is_past]
+        return [out for out in list(self.by_id.values()) if out.is_past]
 
     def before(self, registration: Registration, out: OutFeed) -> int:
         """The incarnation of the feed of the same topic that this subscription is owed first; 0 if none."""

@@ -264,6 +264,7 @@ class FabricCore:
         if new is not None or message.fields[10] != self.context.incarnation:
             self._hello(peer)
         else:  # it repeats itself: our answer was lost on its way, and a heartbeat is never answered
+            self.subscribing.register_again(peer)  # first: who has met us knows what we subscribe to
             self.context.send(peer.name, Kind.HEARTBEAT, [], peer.incarnation)
         self.members.greeted(peer, message.fields[10])
 

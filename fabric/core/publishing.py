@@ -452,14 +452,29 @@ class Publishing:
         """When markers or heartbeats may be due."""
         return self._tick_due_ns
 
-    # Looking.
+    # Looking. Who waits looks without the engine's lock, at copies that are made in one step.
+
+    def owes_past(self) -> bool:
+        """Whether somebody who is here, and no part of us, lacks something of feeds of earlier lives."""
+        return any(
+            floor < out.end and self._is_here(reader)
+            for out in self.ancestry.past()
+            for reader, floor in list(out.readers.items())
+        )
+
+    def _is_here(self, reader: Reader) -> bool:
+        name, number = reader
+        peer = self._members.by_name.get(name)
+        if peer is None or peer.is_gone or name == self._context.name:
+            return False
+        registration = self.registrations.of(name).get(number)
+        return registration is not None and not registration.absent_ns
 
     def readers_elsewhere(self, topic: str) -> dict[Reader, int]:
         """The owed subscriptions of other members on a topic, and what each acknowledged."""
         out = self.feeds.get(topic)
-        return (
-            {reader: floor for reader, floor in out.readers.items() if reader[0] != self._context.name} if out else {}
-        )
+        readers = list(out.readers.items()) if out else []
+        return {reader: floor for reader, floor in readers if reader[0] != self._context.name}
 
     def check_invariants(self) -> None:
         """Assert what must hold between feeds, retention and registrations."""

@@ -9,6 +9,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -31,6 +32,9 @@ LINGER_S = 0.5
 class Membership(Protocol):
     """What a `Fabric` has to give back when it leaves."""
 
+    state_directory: Path | None
+    """The one that the user named; there may be state without."""
+
     def mark_training(self, step: int) -> None:
         """This process trains."""
 
@@ -49,6 +53,8 @@ class ProcessMembership:
         self._closed = False
         self._lives: dict[str, tuple[int, Life | None]] = {}
         self.step: int | None = None
+        self.state_directory: Path | None = None
+        """The one that the user named; there may be state without."""
         self.on_exit: Callable[[], object] = self.close
         engine.probe = self._is_dead
         _members.add(self)

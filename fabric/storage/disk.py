@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -23,6 +24,8 @@ Bytes: TypeAlias = bytes | bytearray | memoryview
 IOV_MAX = max(16, os.sysconf("SC_IOV_MAX"))
 """Most parts of one write: 1,024 on Linux. Where the limit is unknown (-1), POSIX grants 16."""
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+_FLOCK = struct.Struct("@hhqqi0q")
+"""`struct flock` of 64-bit Linux: type, whence, start, length, owner (fcntl(2))."""
 _READ_MOST = 1 << 30
 """Linux moves at most 2 GiB less a page in one call."""
 
@@ -50,6 +53,9 @@ class DiskFile(Protocol):
 
     def lock(self) -> None:
         """Lock it for this process until it is closed; `BlockingIOError` if somebody has it."""
+
+    def is_locked(self) -> bool:
+        """Whether another process has locked it."""
 
     def close(self) -> None:
         """Close it. Twice is once."""
@@ -144,6 +150,12 @@ class OsFile:
             raise BlockingIOError(errno.EAGAIN, "its owner removed it just now")
         _locked.add(key)
         self._key = key
+
+    def is_locked(self) -> bool:
+        import fcntl
+
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        return bool(_FLOCK.unpack(fcntl.fcntl(self._fd, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK)
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1

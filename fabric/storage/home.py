@@ -26,7 +26,7 @@ from fabric.storage.spill import SpillLog
 if TYPE_CHECKING:
     from fabric.storage.dead_letters import DeadLetterStore
 
-__all__ = ["base_of", "open_home", "open_letters", "state_home", "sweep"]
+__all__ = ["base_of", "open_home", "open_letters", "state_home", "states_home", "sweep"]
 
 log = logging.getLogger("fabric.storage")
 
@@ -82,14 +82,17 @@ def state_home(directory: Path | None, job: str, name: str, *, base: Path | None
     Raises:
         StateDirectoryError: a directory above it is not private, or cannot be used.
     """
-    if directory is not None:
-        levels = [directory]
-    else:
-        base = base if base is not None else _of_user()
-        levels = [base, base / f"job-{xxh3_64_hexdigest(job.encode())}"]
-    for level in levels:
+    home = states_home(directory, job, base=base)
+    for level in [home] if directory is not None else [home.parent, home]:
         disk.enter(level).close()  # each has to be private, too: who may rename in it could put another in its place
-    return levels[-1] / f"member-{xxh3_64_hexdigest(name.encode())}"
+    return home / f"member-{xxh3_64_hexdigest(name.encode())}"
+
+
+def states_home(directory: Path | None, job: str, *, base: Path | None = None) -> Path:
+    """Where the states of all members of a job lie; see `state_home`. Nothing is made."""
+    if directory is not None:
+        return directory
+    return (base if base is not None else _of_user()) / f"job-{xxh3_64_hexdigest(job.encode())}"
 
 
 def _of_user() -> Path:

@@ -82,6 +82,8 @@ class MemberState:
         """What the last life saved; empty if nothing, or if it cannot be read."""
         self.kept = True
         """Whether the directory stays when nothing is owed from it."""
+        self.is_adopted = False
+        """Whether its member is not expected back: who may come for more is owed no more than what lies here."""
         self._is_owed = False
 
     @classmethod
@@ -218,7 +220,8 @@ class MemberState:
             SpillError: the end could not be written or synced, or a file could not be deleted. All is closed the same.
         """
         try:
-            if self.kept or self.log.entries or self._is_owed or LETTERS in self._directory.names():
+            is_awaited = self._is_owed and not self.is_adopted
+            if self.kept or self.log.entries or is_awaited or LETTERS in self._directory.names():
                 self.log.close()
             else:
                 self._destroy()

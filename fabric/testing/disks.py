@@ -251,6 +251,9 @@ class _FakeFile:
         self._disk._locked.add(self._inode)
         self._locked = True
 
+    def is_locked(self) -> bool:
+        return not self._locked and self._inode in self._disk._locked
+
     def close(self) -> None:
         if self._open:
             self._open = False

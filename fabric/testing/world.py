@@ -70,6 +70,8 @@ class _Waits:
 class _Membership:
     """What a member of a world gives back when it leaves."""
 
+    state_directory: Path | None = None
+
     def __init__(self, world: World, engine: Engine) -> None:
         self._world, self._engine = world, engine
 

@@ -11,7 +11,18 @@ import fabric
 from fabric import aio
 
 CLASSES = ("Fabric", "Publisher", "Subscription")
-NOT_AWAITED = {"publisher", "on", "respond", "drain", "cursor", "commit", "handled_by", "statistics", "ledger"}
+NOT_AWAITED = {
+    "publisher",
+    "on",
+    "respond",
+    "drain",
+    "cursor",
+    "commit",
+    "handled_by",
+    "statistics",
+    "ledger",
+    "orphans",
+}
 NOT_AWAITED |= {"close_at_exit"}
 INSIDE = {"publisher_class", "subscription_class"}
 OUTBOX = {"abandon", "close_burst", "close_if_due", "has_left", "shut"}
@@ -40,7 +51,7 @@ def test_each_method_has_the_same_signature_and_is_awaited(name: str) -> None:
         assert awaited is (member not in NOT_AWAITED), f"{name}.{member}"
 
 
-@pytest.mark.parametrize("name", ["join", "observe"])
+@pytest.mark.parametrize("name", ["join", "observe", "adopt"])
 def test_entering_takes_the_same_parameters(name: str) -> None:
     assert parameters(getattr(aio, name)) == parameters(getattr(fabric, name))
     assert inspect.iscoroutinefunction(getattr(aio, name))
