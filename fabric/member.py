@@ -212,6 +212,8 @@ class Member(Generic[P]):
             raise ConfigError(str(error), field="start or delivery") from None
         if chosen[1] is Delivery.BEST_EFFORT and (name or cursor is not None):
             raise ConfigError("a best-effort subscription is owed nothing: no name, no cursor", field="delivery")
+        if name and engine.core.subscribing.has(name, pattern):
+            raise ConfigError(f"{name} of {pattern} is open already", field="name")
         number = next(self._numbers)
         inbox = engine.inboxes[number] = Inbox(number)
         confirmed = False

@@ -59,8 +59,8 @@ class StateRecovered:
 
     feeds: tuple[PastFeed, ...]
     """Oldest first."""
-    registrations: bytes
-    """The last blob of `SaveRegistrations`."""
+    registrations: bytes | None
+    """The last blob of `SaveRegistrations`; None if it cannot be read."""
 
 
 @crossing

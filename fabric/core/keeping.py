@@ -10,6 +10,7 @@ from fabric.config import Policy
 from fabric.core.disk import AppendRecords, WriteFailed
 from fabric.core.feeds import OutFeed, Place, Retention
 from fabric.core.members import Context
+from fabric.core.saving import Saving
 from fabric.core.spilling import Spilling
 
 __all__ = ["Keeping"]
@@ -18,8 +19,8 @@ __all__ = ["Keeping"]
 class Keeping:
     """The last writes of a life."""
 
-    def __init__(self, context: Context, retention: Retention, spilling: Spilling) -> None:
-        self._context, self._retention, self._spilling = context, retention, spilling
+    def __init__(self, context: Context, retention: Retention, spilling: Spilling, saving: Saving) -> None:
+        self._context, self._retention, self._spilling, self._saving = context, retention, spilling, saving
         self._waiting: list[OutFeed] = []
         """Feeds whose bursts are being written."""
         self._naming: dict[int, OutFeed] = {}
@@ -28,13 +29,14 @@ class Keeping:
     @property
     def is_over(self) -> bool:
         """Whether everything that will be written down is."""
-        return self._has_begun and not (self._waiting or self._naming)
+        return self._has_begun and not (self._waiting or self._naming or self._saving.is_writing)
 
     def begin(self, feeds: list[OutFeed]) -> None:
         """Write down what these owe. A second time it is over already."""
         if self._has_begun:
             return
         self._has_begun = True
+        self._saving.save_positions()
         for out in feeds:
             if out.readers and out.policy is Policy.RELIABLE:
                 self._waiting.append(out)

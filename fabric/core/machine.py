@@ -96,7 +96,7 @@ class FabricCore:
             Kind.REGISTERED: lambda peer, f: self.subscribing.on_registered(peer, *f),
             Kind.UNREGISTER: lambda peer, f: self.publishing.on_unregister(peer, *f),
             Kind.ACKNOWLEDGE: lambda peer, f: self.publishing.on_acknowledge(peer, *f),
-            Kind.PULL: lambda peer, f: self.publishing.on_pull(peer, *f),
+            Kind.PULL: lambda peer, f: self.publishing.answering.on_pull(peer, *f),
             Kind.JOIN: lambda peer, f: self.publishing.on_join(*f),
             Kind.HEARTBEAT: self._on_heartbeat,
             Kind.UNKNOWN: lambda peer, f: self.subscribing.on_unknown(peer, *f),
@@ -347,9 +347,9 @@ class FabricCore:
 
     def _on_fetch(self, peer: Peer, fields: Sequence[Any]) -> None:
         space, number, position, length, token = fields
-        if self.publishing.waits_for_disk(space, number, (peer, Kind.FETCH, fields)):
+        if self.publishing.answering.waits_for_disk(space, number, (peer, Kind.FETCH, fields)):
             return
-        payload = self.publishing.payload_of(space, number)
+        payload = self.publishing.answering.payload_of(space, number)
         payload = payload if payload is not None else self.exchange.payload_of(peer, space, number)
         context = self.context
         if payload is None:

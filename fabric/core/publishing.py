@@ -7,17 +7,17 @@ from typing import Any
 
 from fabric.config import Policy
 from fabric.core.ancestry import Ancestry
+from fabric.core.answering import Answering
 from fabric.core.disk import StateRecovered, WriteFailed, WriteFinished
 from fabric.core.durable import DurableWrites
-from fabric.core.events import Broadcast, Buffer, BurstClosed, FeedOpened, SendBulk
+from fabric.core.events import Broadcast, BurstClosed, FeedOpened
 from fabric.core.feeds import OutFeed, Reader, Retention
 from fabric.core.keeping import Keeping
 from fabric.core.members import MS, Context, Members, Peer, S
-from fabric.core.ranges import RangeSet
 from fabric.core.registrations import Registration, Registrations
 from fabric.core.saving import Saving
-from fabric.core.spilling import Question, Spilling
-from fabric.core.wire import Drop, Kind, encode_control, encode_marker, feed_id
+from fabric.core.spilling import Spilling
+from fabric.core.wire import Drop, Kind, encode_marker, feed_id
 
 __all__ = ["Publishing"]
 
@@ -29,8 +29,6 @@ MARKERS_PER_TICK_MAX = 256
 MARKER_REST_NS = MS // 10
 """A marker costs about 30 us: with so much rest after each, thousands of feeds take a third of the time at most."""
 HEARTBEAT_FEEDS_MAX = 1000
-PULL_RANGES_MAX = 64
-"""Ranges of a pull that are answered; the same as a subscriber asks for at once."""
 UNKNOWN_PER_FRAME_MAX = 64
 """Answers to one frame of acknowledgements; the rest is told with the next."""
 
@@ -47,14 +45,17 @@ class Publishing:
         self.by_id = self.ancestry.by_id
         self.spilling = Spilling(context, self.retention)
         self.durable = DurableWrites(context, self.retention)
-        self.keeping = Keeping(context, self.retention, self.spilling)
         self.registrations = Registrations(context)
         self._saving = Saving(context, self.registrations, self._position_of)
+        self.keeping = Keeping(context, self.retention, self.spilling, self._saving)
+        self.answering = Answering(context, self.by_id, self.spilling)
         self._expired: dict[str, dict[int, None]] = {}
         """Subscriptions of members that were absent too long; should they come back, they are told."""
         self.on_left: Callable[[Registration, OutFeed], None] = lambda registration, out: None
         """Told of each feed that a reader is about to leave."""
         self._tick_due_ns, self.is_stopped = 0, False
+        self._held_until_ns = 0
+        """Who was owed what by earlier lives cannot be read: so long all of it is kept. 0: it could."""
         self._pending: dict[int, OutFeed] = {}
         """Feeds that some reader has not acknowledged to their end: they are marked and listed."""
 
@@ -104,7 +105,8 @@ class Publishing:
         """We have state: what earlier lives left is owed on, to whom it was owed (P3, P8)."""
         registrations = self.registrations
         registrations.persists = True
-        registrations.restore(event.registrations)
+        if not registrations.restore(event.registrations):
+            self._held_until_ns = self._context.now + int(self._context.config.retention.absent_s * S)
         for past in event.feeds:
             self.ancestry.restore(past)
         for registration in registrations:
@@ -146,7 +148,6 @@ class Publishing:
 
     def keep_rest(self) -> None:
         """We close, and have state: the next life serves what is not acknowledged by now."""
-        self._saving.save_positions()
         self.keeping.begin(list(self.feeds.values()))
 
     # Registrations.
@@ -175,10 +176,14 @@ class Publishing:
     def _begin(self, registration: Registration, stated: dict[int, int]) -> None:
         """Enrol a new session of a subscription in what it is owed."""
         lines = self.ancestry.matching(registration)
+        known = [feed for feed in registration.joins if feed in self.by_id]
+        registration.joins.update({feed: self._position_of(registration, feed) for feed in known})
+        if registration.name and self._held_until_ns:
+            registration.since = registration.since or 1  # what it was owed cannot be read: better twice than never
         starts = [Ancestry.starts(registration, line, stated) for line in lines]
         registration.joins.clear()
         registration.unproven.clear()
-        registration.since = registration.since or self._context.incarnation
+        registration.since = self._context.incarnation
         for line, begins in zip(lines, starts, strict=True):
             for out in line:
                 join = begins.get(out.feed, out.end)
@@ -237,6 +242,8 @@ class Publishing:
             self._rest(registration)
         else:
             self.unregister(peer.name, number)
+            if self.registrations.persists and self.registrations.changed:
+                self._saving.save_positions()  # or the next life would owe it again
         self._context.send(peer.name, Kind.UNKNOWN, number)
 
     def unregister(self, name: str, number: int) -> None:
@@ -309,44 +316,13 @@ class Publishing:
         self._settle(out)
 
     def _settle(self, out: OutFeed) -> None:
+        if out.is_past and self._held_until_ns:
+            return
         self.retention.acknowledge(out)
         if self.retention.released:
             self.spilling.release()
         if out.is_acknowledged:
             self._pending.pop(out.feed, None)
-
-    # Answers on BULK.
-
-    def on_pull(self, peer: Peer, feed: int, token: int, credit: int, ranges: list[tuple[int, int]]) -> None:
-        """Data within the credit, then what is available (P5)."""
-        out = self.by_id.get(feed)
-        if out is None:
-            self._context.counts[Drop.STRANGER] += 1
-            return
-        wanted = list(RangeSet(ranges))[:PULL_RANGES_MAX]  # merged: a range named twice is sent once
-        bursts, lost = out.select(wanted, min(credit, self._context.config.repair.window_bytes))
-        if self.spilling.park(out, bursts, (peer, Kind.PULL, (feed, token, credit, ranges))):
-            return
-        for burst in bursts:
-            self._bulk(peer, Kind.REPAIR, feed, token, chunk=burst.frame)
-            self._context.counts["repaired_bytes"] += burst.frame_size
-        self._bulk(peer, Kind.AVAILABLE, feed, token, out.first_available, out.end, lost)
-
-    def payload_of(self, feed: int, offset: int) -> Buffer | None:
-        """The value of an addressed record, while it is retained."""
-        out = self.by_id.get(feed)
-        burst = out.find(offset) if out else None
-        return burst.payloads.get(offset) if burst and burst.payloads else None
-
-    def waits_for_disk(self, feed: int, offset: int, question: Question) -> bool:
-        """Whether the record that is asked for has to be loaded first; then the question is kept until it is."""
-        out = self.by_id.get(feed)
-        burst = out.find(offset) if out else None
-        return out is not None and burst is not None and self.spilling.park(out, [burst], question)
-
-    def _bulk(self, peer: Peer, kind: Kind, *fields: object, chunk: Buffer | None = None) -> None:
-        header = encode_control(kind, self._context.id, self._context.incarnation, *fields)
-        self._context.emit(SendBulk(peer.name, header, chunk))
 
     def on_join(self, feeds: list[tuple[int, int]]) -> None:
         """A marker over the push link proves it to those who asked (S8)."""
@@ -386,6 +362,10 @@ class Publishing:
                 if peer.name != self._context.name:
                     self._expire(peer)
         self._expire_absent()
+        if self._held_until_ns and now >= self._held_until_ns:
+            self._held_until_ns = 0
+            for out in self.ancestry.past():
+                self._settle(out)
         self._saving.tick()
 
     def _mark_idle(self, next_ns: int) -> int:

@@ -13,6 +13,7 @@ import msgpack
 
 from fabric.config import Start
 from fabric.core.feeds import Reader
+from fabric.core.fields import Each, Shape
 from fabric.core.members import NAME_BYTES_MAX, Context, Peer, S
 from fabric.core.wire import Drop
 from fabric.errors import TopicError
@@ -25,13 +26,18 @@ REGISTRATIONS_PER_PEER_MAX = 4096
 UNMET_NS = 60 * S
 RESTORED = -(2**62)
 """A subscription without a name, of an earlier life of ours, has this number less its own until its member comes."""
+NUMBER_MAX = 2**62
+"""Of a subscription, as its member gives it."""
+_SAVED = Shape((int, Each(str, int, int, str, str, str, Each(int, int))))
+"""The life that saved them, and of each: member, number, its life, name, pattern, start, and (feed, position)."""
 
 
 class Registration:
     """A subscription of a member.
 
-    `joins`: where it began in each feed that it is owed; a repeated HELLO gets the same answer. `unproven`: those of
-    which the subscriber has not said that it knows; they are told again.
+    `joins`: where its present session began in each feed that it is owed, or where it stood when that was written down;
+    a repeated HELLO gets the same answer. `unproven`: those of which the subscriber has not said that it knows; they
+    are told again.
     """
 
     __slots__ = (
@@ -61,7 +67,8 @@ class Registration:
         self.saved = 0
         """The write that it waits for before it is confirmed; 0 if none."""
         self.since = 0
-        """The life of ours that knew it first, or knew it last; what that life opened later it is owed from 0."""
+        """The life of ours in which its present session began; 0 if it is new. Of the feeds of that life, and of later
+    ones, those that do not stand in `joins` it is owed from 0."""
 
     def forget(self, feed: int) -> None:
         """It is done with this feed."""
@@ -116,7 +123,7 @@ class Registrations:
         if len(mine) >= REGISTRATIONS_PER_PEER_MAX:
             self._context.counts[Drop.NO_ROOM] += 1
             return None
-        if len(name.encode(errors="replace")) > NAME_BYTES_MAX:
+        if number > NUMBER_MAX or len(name.encode(errors="replace")) > NAME_BYTES_MAX:
             self._context.counts[Drop.SHAPE] += 1
             return None
         try:
@@ -163,7 +170,8 @@ class Registrations:
         self.changed = False
         rows = [
             (
-                *one.reader,
+                one.reader[0],
+                _number_of(one),
                 one.incarnation,
                 one.name,
                 one.pattern.text,
@@ -176,16 +184,25 @@ class Registrations:
         packed: bytes = msgpack.packb((self._context.incarnation, rows))
         return packed
 
-    def restore(self, packed: bytes) -> None:
-        """What an earlier life packed. What cannot be read is counted."""
+    def restore(self, packed: bytes | None) -> bool:
+        """What an earlier life packed; whether it could be read. None: it could not. Empty: there was nothing."""
+        if packed == b"":
+            return True
         try:
-            since, rows = msgpack.unpackb(packed, use_list=False) if packed else (0, ())
-            for row in rows:
-                self._restore(since, *row)
+            fields: Any = msgpack.unpackb(packed) if packed is not None else None
+            if not _SAVED.fits(fields):
+                raise ValueError(fields)
+            restored = [self._restored(fields[0], *row) for row in fields[1]]
         except (ValueError, TypeError, TopicError):
             self._context.counts["registrations_unreadable"] += 1
+            return False
+        for registration in restored:
+            member, number = registration.reader
+            if registration.name or member != self._context.name:  # or it was ours, and ended with that life
+                self._all.setdefault(member, {})[number] = registration
+        return True
 
-    def _restore(
+    def _restored(
         self,
         since: int,
         member: str,
@@ -194,15 +211,19 @@ class Registrations:
         name: str,
         text: str,
         start: str,
-        joins: tuple[Any, ...],
-    ) -> None:
-        if not name and member == self._context.name:
-            return  # it was ours, and ended with that life
+        joins: list[list[int]],
+    ) -> Registration:
         if name:
             self._absent -= 1
-        number = self._absent if name else min(number, RESTORED - number)  # the life before may not have met it, either
+        number = self._absent if name else RESTORED - number
         restored = Registration((member, number), incarnation, compile_pattern(text), Start(start), False, True)
         restored.name, restored.absent_ns = name, max(1, self._context.now)
         restored.since = since
-        restored.joins.update(joins)
-        self._all.setdefault(member, {})[number] = restored
+        restored.joins.update((feed, position) for feed, position in joins)
+        return restored
+
+
+def _number_of(registration: Registration) -> int:
+    """The one that its member gave; 0 if nobody has it open."""
+    number = registration.reader[1]
+    return number if number >= 0 else 0 if registration.name else RESTORED - number

@@ -46,6 +46,11 @@ class Saving:
         if packed != self._last:
             self._write(packed, [])
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether the disk has still to answer."""
+        return bool(self._writes)
+
     def tick(self) -> None:
         """Now and then."""
         if self._registrations.persists and self._context.now >= self._due_ns:

@@ -126,6 +126,13 @@ class Subscribing:
         subscription = self.subscriptions.get(number)
         return subscription.cursor() if subscription is not None else {}
 
+    def has(self, name: str, pattern: str) -> bool:
+        """Whether a subscription with this name and pattern is open."""
+        return any(
+            (subscription.name, subscription.pattern) == (name, pattern)
+            for subscription in list(self.subscriptions.values())
+        )
+
     def unconfirmed(self, number: int) -> list[str]:
         """The members that are there and have not confirmed a subscription."""
         subscription = self.subscriptions.get(number)
@@ -233,6 +240,8 @@ class Subscribing:
         """Whether we know this feed now; one whose predecessor has not been named has to be told again."""
         key = peer.name, row.topic
         current = subscription.feeds.get(key)
+        if current is None:
+            self._check_place(subscription, key, row)
         if current is not None and row.incarnation == current.incarnation:
             self._learn(peer, current, row)
         elif row.incarnation <= subscription.passed(key):
@@ -243,6 +252,22 @@ class Subscribing:
         else:
             return self._add_new(subscription, peer, row, current)
         return True
+
+    def _check_place(self, subscription: Subscription, key: Key, row: Row) -> None:
+        """A cursor that is ahead of its publisher is of another job, or its publisher lost its state and its clock.
+
+        What it says cannot be right, so nothing may be passed over because of it.
+        """
+        place = subscription.unfinished(key)
+        if place is None or row.ending or place[:2] <= (row.incarnation, row.end):
+            return
+        subscription.disown(key)
+        self._context.counts["cursors_disowned"] += 1
+        self._past["open_gaps"] += 1
+        feed = feed_id(key[0], place.incarnation, key[1])
+        self._books.miss(subscription.number, key, place.incarnation, feed, place.floor)
+        gap = ReportGap(subscription.number, *key, place.incarnation, place.floor, None, Drop.GAP)
+        self._context.emit(gap)
 
     def _add_new(self, subscription: Subscription, peer: Peer, row: Row, current: InboundFeed | None) -> bool:
         """A feed that we have not begun: now, or after the one that we are at or come back to."""

@@ -110,6 +110,12 @@ class Subscription:
         place = self.places.get(key)
         return place if place is not None and self.ended.get(key, 0) < place.incarnation else None
 
+    def disown(self, key: Key) -> None:
+        """The place that the application's cursor names is none."""
+        del self.places[key]
+        if self.committed is not None:
+            self.committed.pop(key, None)
+
     def next_row(self, key: Key) -> Row | None:
         """The feed that follows, once the current one is settled; taken out."""
         rows = self.later.get(key, {})

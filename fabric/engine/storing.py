@@ -344,8 +344,8 @@ class ThreadedStore:
                 wish = self._wishes.get_nowait()
             except Empty:
                 break
-        if wish is None:  # what spills is not needed any more; letters are
-            return [wish for wish in wishes if isinstance(wish, LetterWish)], True
+        if wish is None:  # what spills is not needed any more; letters are, and who is owed what
+            return [wish for wish in wishes if isinstance(wish, LetterWish | SaveRegistrations)], True
         return wishes, False
 
     def close(self) -> None:

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from xxhash import xxh3_64_hexdigest
 
 from fabric.config import Spill
 from fabric.errors import SpillBrokenError, StateDirectoryError
@@ -27,12 +30,16 @@ from fabric.storage.spill import SpillLog
 
 __all__ = ["LETTERS", "FeedName", "KeptFeed", "MemberState", "read_owner"]
 
+log = logging.getLogger("fabric.storage")
+
 LIFE, REGISTRATIONS = "life", "registrations"
 LETTERS = "letters"
 """The directory of the dead letters; it is not there without any."""
 _NEW = ".new"
-_FILE_BYTES_MAX = 16 * 1024 * 1024
-"""A million registrations or lives; what is larger is none of ours."""
+_FILE_BYTES_MAX = 256 * 1024 * 1024
+"""Ten million positions of subscriptions in feeds; what is larger is none of ours."""
+_SUM_BYTES = 16
+"""A file ends with the XXH3-64 of what comes before, in hexadecimal."""
 FEEDS_REMEMBERED_MAX = 4096
 """Ends of past feeds of which no record is left, for subscribers that come back late; the oldest give way."""
 
@@ -78,8 +85,8 @@ class MemberState:
         self.incarnation = 0
         self._doubtful: set[int] = set()
         """Lives that ended with the power, or of which that is not known: only what was synced is certain."""
-        self.registrations = b""
-        """What the last life saved; empty if nothing, or if it cannot be read."""
+        self.registrations: bytes | None = b""
+        """What the last life saved; empty if nothing, None if it cannot be read."""
         self.kept = True
         """Whether the directory stays when nothing is owed from it."""
         self.is_adopted = False
@@ -110,7 +117,7 @@ class MemberState:
             options: For `SpillLog.open`.
 
         Raises:
-            StateDirectoryError: the directory is not private, or cannot be used.
+            StateDirectoryError: the directory is not private, cannot be used, or is another member's.
             SpillLockedError: its last owner lives.
             SpillBrokenError: the disk failed.
         """
@@ -132,7 +139,7 @@ class MemberState:
 
     def _begin(self, name: str, now_ns: int) -> None:
         lives = {entry.incarnation for entry in self.log.names.values()}
-        last = _checked_life(self._read(LIFE))
+        last = self._last_life(name)
         if last is None:
             self._doubtful = lives
             stored = max(lives, default=0)
@@ -141,11 +148,23 @@ class MemberState:
             self._doubtful = set(last["doubtful"]) & lives
             if last["boot"] != self._boot:
                 self._doubtful.add(stored)
-        self.registrations = self._read(REGISTRATIONS)
+        self.registrations = _summed(self._read(REGISTRATIONS))
+        if self.registrations is None:
+            log.error("who is owed what cannot be read in %s: all of it is kept for a while", self._path)
+        self._is_owed = self.registrations != b""  # until this life saves what it knows
         self.incarnation = max(stored + 1, now_ns)
         self.log.begin_life(self.incarnation)
         life = {"name": name, "incarnation": self.incarnation, "boot": self._boot, "doubtful": sorted(self._doubtful)}
         self._put(LIFE, json.dumps(life).encode())
+
+    def _last_life(self, name: str) -> dict[str, Any] | None:
+        data = self._read(LIFE)
+        last = _checked_life(data)
+        if last is None and data:
+            log.error("which life was the last cannot be read in %s: the ends of its feeds are not certain", self._path)
+        if last is not None and last["name"] != name:
+            raise StateDirectoryError(f"it is the state of {last['name']}, not of {name}", directory=self._path)
+        return last
 
     # What earlier lives left.
 
@@ -195,6 +214,8 @@ class MemberState:
             SpillBrokenError: the disk failed; what was saved before is still there.
         """
         self._is_owed = outlives
+        if len(blob) > _FILE_BYTES_MAX:
+            raise SpillBrokenError(f"who is owed what takes {len(blob)} bytes", directory=self._path)
         try:
             self._put(REGISTRATIONS, blob)
         except OSError as error:
@@ -203,7 +224,7 @@ class MemberState:
     def _put(self, name: str, data: bytes) -> None:
         with contextlib.closing(self._directory.open(name + _NEW, create=True)) as file:
             file.truncate(0)
-            write_all(file, [data], 0)
+            write_all(file, [data, xxh3_64_hexdigest(data).encode()], 0)
             file.sync()
         self._directory.rename(name + _NEW, name)
         self._directory.sync()
@@ -243,22 +264,25 @@ class MemberState:
 
 
 def _read(directory: Directory, name: str) -> bytes:
-    """Empty if it is not there, or cannot be read."""
-    try:
-        if name not in directory.names():
-            return b""
-        with contextlib.closing(directory.open(name)) as file:
-            return file.read(0, min(file.size(), _FILE_BYTES_MAX))
-    except OSError:
+    """Empty if it is not there. Raises `OSError`: what cannot be read now may be there all the same."""
+    if name not in directory.names():
         return b""
+    with contextlib.closing(directory.open(name)) as file:
+        return file.read(0, min(file.size(), _FILE_BYTES_MAX + _SUM_BYTES))
+
+
+def _summed(data: bytes) -> bytes | None:
+    """What stands before the checksum; None if that is not right. Nothing has none."""
+    body = data[:-_SUM_BYTES]
+    return body if not data or data[-_SUM_BYTES:] == xxh3_64_hexdigest(body).encode() else None
 
 
 def _checked_life(data: bytes) -> dict[str, Any] | None:
     try:
-        life = json.loads(data)
+        life = json.loads(_summed(data) or b"")
         incarnation, doubtful = life["incarnation"], life["doubtful"]
         sound = isinstance(life["boot"], str) and isinstance(life["name"], str) and isinstance(doubtful, list)
-        sound = sound and all(type(number) is int and 0 < number < 2**64 for number in (incarnation, *doubtful))
+        sound = sound and all(type(number) is int and 0 < number < 2**63 for number in (incarnation, *doubtful))
     except (ValueError, KeyError, TypeError):
         return None
     return life if sound else None

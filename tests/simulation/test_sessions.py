@@ -1,0 +1,143 @@
+"""Sessions of named subscriptions over lives of both sides: nothing is passed over, nothing settled comes again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fabric.config import FabricConfig, Liveness
+from fabric.errors import ConfigError
+from fabric.subscription import Subscription
+from fabric.testing import World
+
+CONFIG = FabricConfig(subscribe_timeout_s=2.0, liveness=Liveness(suspect_s=0.5, down_s=2.0))
+
+
+def stateful(seed: int = 1) -> World:
+    return World(seed, config=CONFIG, state=True)
+
+
+def take(world: World, inbox: Subscription, seconds: float = 2.0) -> list[Any]:
+    """What comes in so much time."""
+    taken: list[Any] = []
+
+    def look() -> bool:
+        taken.extend(message.value for message in inbox.drain())
+        return False
+
+    world.until(look, timeout_s=seconds)
+    return taken
+
+
+@pytest.mark.parametrize("policy", ["reliable", "durable"])
+@pytest.mark.parametrize("end", ["close", "stop", "kill"])
+def test_the_next_session_begins_where_the_last_one_stood(policy: str, end: str) -> None:
+    with stateful() as world:
+        trainer, worker = world.join(0, host="a"), world.join(1, host="b")
+        inbox = worker.subscribe("t", name="worker")
+        publisher = trainer.publisher("t", policy=policy)
+        for number in range(5):
+            publisher.publish(number)
+        assert take(world, inbox) == [0, 1, 2, 3, 4]
+        world.run(1)
+        if end == "close":
+            inbox.close()
+        else:
+            world.stop(worker) if end == "stop" else world.kill(worker)
+            world.run(1)
+            worker = world.join(1, host="b")
+        world.run(1)
+        for number in range(5, 8):
+            publisher.publish(number)
+        inbox = worker.subscribe("t", name="worker")
+        assert (take(world, inbox), inbox.gaps) == ([5, 6, 7], ())
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["gone", "kept"])
+@pytest.mark.parametrize("with_cursor", [False, True])
+def test_a_settled_feed_of_an_earlier_life_does_not_come_again(kept: bool, with_cursor: bool) -> None:
+    with stateful() as world:
+        trainer, worker = world.join(0, host="a"), world.join(1, host="b")
+        if kept:
+            trainer.subscribe("t", name="keeper").close()
+        inbox = worker.subscribe("t", name="worker", cursor={} if with_cursor else None)
+        publisher = trainer.publisher("t", policy="durable")
+        for number in range(5):
+            publisher.publish(number)
+        take(world, inbox)
+        world.stop(trainer)
+        world.run(1)
+        trainer = world.join(0, host="a")
+        world.run(2)
+        trainer.publisher("t", policy="durable").publish(9)
+        assert (take(world, inbox), inbox.gaps) == ([9], ())
+        cursor = inbox.cursor()
+        if with_cursor:
+            inbox.commit(cursor)
+        world.run(1)
+        inbox.close()
+        world.run(1)
+        inbox = worker.subscribe("t", name="worker", cursor=cursor if with_cursor else None)
+        assert (take(world, inbox), inbox.gaps) == ([], ())
+
+
+def test_after_a_clean_end_of_both_nothing_comes_again() -> None:
+    with stateful() as world:
+        trainer, worker = world.join(0, host="a"), world.join(1, host="b")
+        inbox = worker.subscribe("t", name="worker")
+        publisher = trainer.publisher("t", policy="durable")
+        for number in range(5):
+            publisher.publish(number)
+        assert len(take(world, inbox, 1)) == 5
+        inbox.close()
+        world.run(1)
+        world.stop(worker)
+        world.stop(trainer)
+        world.run(1)
+        trainer, worker = world.join(0, host="a"), world.join(1, host="b")
+        inbox = worker.subscribe("t", name="worker")
+        assert (take(world, inbox), inbox.gaps) == ([], ())
+
+
+def test_a_subscription_that_was_ended_is_not_owed_by_the_next_life() -> None:
+    with stateful() as world:
+        trainer, worker = world.join(0, host="a"), world.join(1, host="b")
+        inbox = worker.subscribe("t", name="worker")
+        world.run(1)
+        inbox.unsubscribe()
+        world.run(1)
+        world.kill(trainer)
+        world.run(1)
+        trainer = world.join(0, host="a")
+        assert list(trainer._engine.core.publishing.registrations) == []
+
+
+def test_one_member_has_a_named_subscription_open_once() -> None:
+    with stateful() as world:
+        worker = world.join(0)
+        inbox = worker.subscribe("t", name="worker")
+        with pytest.raises(ConfigError, match="open already"):
+            worker.subscribe("t", name="worker")
+        worker.subscribe("u", name="worker").close()
+        inbox.close()
+        worker.subscribe("t", name="worker")
+
+
+@pytest.mark.parametrize(("later", "floor"), [(10**15, 3), (0, 1000)], ids=["life", "offset"])
+def test_a_cursor_ahead_of_its_publisher_passes_over_nothing_and_is_a_gap(later: int, floor: int) -> None:
+    with stateful() as world:
+        trainer, worker = world.join(0, host="a"), world.join(1, host="b")
+        publisher = trainer.publisher("t", policy="durable")
+        life = trainer._engine.card.incarnation + later
+        inbox = worker.subscribe("t", name="worker", cursor={"rank-0/t": [life, floor, []]})
+        for number in range(5):
+            publisher.publish(number)
+        assert take(world, inbox) == [0, 1, 2, 3, 4]
+        assert [(gap.incarnation, gap.first, gap.end) for gap in inbox.gaps] == [(life, floor, None)]
+        assert worker.statistics()["cursors_disowned"] == 1
+        assert inbox.cursor() == {"rank-0/t": [trainer._engine.card.incarnation, 5, []]}
+        inbox.commit(inbox.cursor())
+        world.run(2)
+        assert trainer.ledger().balanced
+        assert set(trainer._engine.core.publishing.feeds["t"].readers.values()) == {5}
