@@ -10,6 +10,7 @@ import sys
 
 from perf import (
     bench_demo,
+    bench_durable,
     bench_outage,
     bench_records,
     bench_request,
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> Report:
         bench_demo,
         bench_topics,
         bench_spill,
+        bench_durable,
         bench_outage,
     ):
         print(f"{bench.__name__} ...", file=sys.stderr, flush=True)

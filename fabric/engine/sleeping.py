@@ -44,16 +44,22 @@ class Sleeper:
         self.until_ns = 0
         """When it will wake up by itself; 0 while it is awake."""
 
-    def sleep(self, engine: Engine, deadline_ns: int) -> None:
-        """Until a descriptor is readable, a signal, the deadline, or until something is due."""
+    def sleep(self, engine: Engine, deadline_ns: int) -> bool:
+        """Until a descriptor is readable, a signal, the deadline, or until something is due.
+
+        Returns whether it was a signal and nothing else.
+        """
         until_ns = self.until_ns = min(deadline_ns, engine.due_ns)
         # Looked at again once it is known that we sleep: who changes either first looks whether we do only afterwards.
         left_ns = min(until_ns, engine.due_ns) - engine.clock()
+        woken: list[tuple[int, int]] = []
         if left_ns > 0 and not self.is_over():
-            for descriptor, _ in self._epoll.poll(left_ns / 1e9 + 20e-6):  # a little more: waking early helps nobody
+            woken = self._epoll.poll(left_ns / 1e9 + 20e-6)  # a little more: waking early helps nobody
+            for descriptor, _ in woken:
                 if descriptor == self._event:
                     self.reset()
         self.until_ns = 0
+        return len(woken) == 1 and woken[0][0] == self._event
 
     def signal(self) -> None:
         """Wake up, from any thread."""
@@ -135,8 +141,8 @@ class ThreadedWaits:
             while not is_over() and engine.clock() < deadline_ns:
                 if patient and self.training:
                     return
-                if not engine.restless:
-                    sleeper.sleep(engine, deadline_ns)
+                if not engine.restless and sleeper.sleep(engine, deadline_ns) and is_over():
+                    return  # and nothing has arrived: another thread brought it, and a turn would bring nothing
                 engine.turn()
         finally:
             self._leave(engine, sleeper)
