@@ -15,7 +15,7 @@ from fabric.core.members import Peer
 from fabric.core.wire import VERSION
 from fabric.engine.lettering import Desk, LetterKeeper
 from fabric.engine.loop import Engine
-from fabric.engine.process import ProcessMembership, install_sigterm
+from fabric.engine.process import ProcessMembership, install_signals
 from fabric.engine.sleeping import ThreadedWaits
 from fabric.engine.storing import Storekeeper, ThreadedStore, recovered
 from fabric.errors import (
@@ -246,7 +246,7 @@ class Entry:
         To be called on the user's thread.
         """
         if self.config.install_signal_handler:
-            self.leave.append(install_sigterm())
+            self.leave.append(install_signals())
         self.membership.on_exit = on_exit
 
     def give_up(self) -> None:

@@ -75,7 +75,8 @@ class SubscriptionBase:
         """Of each lane the oldest message that becomes a letter just now, and those behind it: they settle in order."""
         self._name = engine.letters.claim(options.name or pattern)
         engine.letters.bind(self._name, inbox)
-        self._closed = False
+        self._closed = self._rests = False
+        self._is_named = bool(options.name)
         self.bytes_received = self.messages_received = 0
 
     # Taking.
@@ -364,8 +365,10 @@ class SubscriptionBase:
 
     def _close(self, *, forgotten: bool = False) -> None:
         if self._closed:
+            if forgotten and self._rests:
+                raise ClosedError(what=f"the subscription to {self.pattern}, which stays owed")
             return
-        self._closed = True
+        self._closed, self._rests = True, bool(self._is_named and not forgotten)
         self._catch_up()
         hand, self._hand = self._hand, None
         if hand is not None and not self._manual:
@@ -455,7 +458,11 @@ class Subscription(SubscriptionBase):
         self._close()
 
     def unsubscribe(self) -> None:
-        """Close, and end a subscription that has a name: publishers owe it nothing more."""
+        """Close, and end a subscription that has a name: publishers owe it nothing more.
+
+        One that is away learns of it only if a subscription of this name is ended once more while it is here; it owes
+        it for `retention.absent_s` otherwise. Raises `ClosedError` if it is closed already, and so stays owed.
+        """
         self._close(forgotten=True)
 
     def __enter__(self) -> Subscription:

@@ -82,7 +82,7 @@ class Subscription(SubscriptionBase):
         self._close()
 
     async def unsubscribe(self) -> None:
-        """Close, and end a subscription that has a name: publishers owe it nothing more."""
+        """Close, and end a subscription that has a name, as `Subscription.unsubscribe` of the synchronous face does."""
         self._close(forgotten=True)
 
     def _enter(self, *, settle: bool = True) -> None:

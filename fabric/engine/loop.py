@@ -207,6 +207,10 @@ class Engine:
             log.exception("the engine of %s broke", self.card.name)
             self.on_progress()
             return False
+        except BaseException as error:  # of a signal handler: half of an event is done, and must not count as all
+            self.broken = error
+            self.on_progress()
+            raise
 
     def _turn(self) -> bool:
         limits, clock = self.config.work, self.clock
@@ -313,7 +317,7 @@ class Engine:
         if self.forked_in:
             raise WrongProcessError(opened_in=self.card.pid, used_in=self.forked_in)
         if self.broken is not None:
-            raise BrokenError(str(self.broken), what="the fabric") from self.broken
+            raise BrokenError(str(self.broken) or type(self.broken).__name__, what="the fabric") from self.broken
         if self.closed:
             raise ClosedError(what="the fabric")
 

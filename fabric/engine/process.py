@@ -116,29 +116,49 @@ def _is_driving(frame: FrameType | None) -> bool:
     return False
 
 
-def install_sigterm() -> Callable[[], None]:
-    """Turn SIGTERM into `SystemExit(143)`, so that `with` blocks close; returns what restores the default.
+def install_signals() -> Callable[[], None]:
+    """Turn SIGTERM into `SystemExit(143)`, so that `with` blocks close; returns what restores the defaults.
 
-    Only over the default action, and only in the main thread. One that interrupts the handling of an event comes again.
+    Ctrl-C stays `KeyboardInterrupt`. Either, if it interrupts the handling of an event, comes again after that. Only
+    over the default actions, and only in the main thread.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    ):
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    restorers = [_install(signal.SIGTERM, signal.SIG_DFL, _exit), _install(signal.SIGINT, _INTERRUPT, _INTERRUPT)]
+
+    def restore() -> None:
+        for each in restorers:
+            each()
+
+    return restore
+
+
+_INTERRUPT = signal.default_int_handler
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+Action = Callable[[int, FrameType | None], object]
+
+
+def _install(number: int, default: Action | signal.Handlers, action: Action) -> Callable[[], None]:
+    if signal.getsignal(number) is not default:
         return lambda: None
 
-    def terminate(number: int, frame: FrameType | None) -> None:
+    def take(number: int, frame: FrameType | None) -> None:
         if _is_driving(frame):
             again = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
             again.daemon = True
             again.start()
             return
-        raise SystemExit(128 + number)
+        action(number, frame)
 
     def restore() -> None:
         in_main = threading.current_thread() is threading.main_thread()
-        if in_main and signal.getsignal(signal.SIGTERM) is terminate:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if in_main and signal.getsignal(number) is take:
+            signal.signal(number, default)
 
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(number, take)
     return restore
