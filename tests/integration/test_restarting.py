@@ -264,6 +264,19 @@ def test_f34_a_damaged_record_is_a_gap_and_its_neighbours_are_delivered(state: P
         assert inbox.gaps == (Gap("rank-0", "a", life, hurt, hurt + 1, "gap"),)
 
 
+def test_f34_damaged_registrations_lose_nobody_anything(state: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with alone(state) as fabric:
+        fabric.subscribe("a", name="later").close()
+        fabric.publisher("a", policy="durable").publish_many(list(range(9)), seeds=[0] * 9)
+    (path,) = state.glob("member-*/registrations")
+    path.write_bytes(path.read_bytes()[:-20])
+    with alone(state) as fabric:
+        assert "who is owed what cannot be read" in caplog.text
+        inbox = fabric.subscribe("a", name="later")
+        assert [message.value for message in take(inbox, 9)] == list(range(9))
+        assert inbox.gaps == ()
+
+
 def test_f27_state_that_is_lost_is_an_open_gap_where_the_subscriber_stood(state: Path) -> None:
     with alone(state) as fabric:
         inbox = fabric.subscribe("a", name="worker", cursor={})

@@ -9,7 +9,7 @@ import pytest
 
 from fabric.core import events
 from fabric.core.cursors import Place, pack_cursor, parse_cursor
-from fabric.core.disk import PastFeed, SaveRegistrations, StateRecovered
+from fabric.core.disk import PastFeed, ReleaseRecords, SaveRegistrations, StateRecovered
 from fabric.core.registrations import RESTORED, UNMET_NS
 from fabric.core.wire import Drop, Kind, feed_id
 from fabric.errors import ConfigError
@@ -50,6 +50,10 @@ def saved(link: Link) -> list[SaveRegistrations]:
     return [command for command in link["a"].reported if isinstance(command, SaveRegistrations)]
 
 
+def released(link: Link) -> list[tuple[int, int]]:
+    return [(each.feed, each.below) for each in link["a"].reported if isinstance(each, ReleaseRecords)]
+
+
 def register(link: Link, number: int, *positions: tuple[int, int], name: str = "worker", pattern: str = "t") -> None:
     say(link, Kind.REGISTER, number, pattern, "live", "reliable", False, list(positions), name)
 
@@ -87,6 +91,45 @@ def test_who_states_a_place_is_owed_from_there_and_what_is_before_is_settled() -
     assert by_id[OLD].owed == by_id[OLD].kept
     register(link, 9, (newer.feed, 4))  # a repeated one changes nothing
     assert by_id[newer.feed].readers == {("b", 9): 2}
+
+
+UNREADABLE = [
+    None,
+    b"\x92\x01",
+    b"\xc1",
+    msgpack.packb((1, [(*row(), "a field of a newer version")])),
+    msgpack.packb((1, [row(joins=((OLD, "x"),))])),
+    msgpack.packb((1, [row(joins=((OLD, -5),))])),
+    msgpack.packb((1, [("b", 5, "a life", "worker", "t", "live", ())])),
+    msgpack.packb((1, [("b", 5, 1, "worker", "a//b", "live", ())])),
+    msgpack.packb((1, [("b", 5, 1, "worker", "t", "never", ())])),
+    msgpack.packb("text"),
+]
+
+
+@pytest.mark.parametrize("blob", UNREADABLE)
+def test_registrations_that_cannot_be_read_release_nothing_for_a_while(blob: bytes | None) -> None:
+    link = begun(2, StateRecovered((past(),), blob))
+    assert link["a"].counts["registrations_unreadable"] == 1
+    assert released(link) == []
+    register(link, 9)
+    assert publishing(link).by_id[OLD].readers == {("b", 9): 0}, "twice rather than never"
+    say(link, Kind.ACKNOWLEDGE, [(9, OLD, 3)])
+    assert released(link) == [], "others may come"
+    link.now += int(link["a"].core.context.config.retention.absent_s * 1e9) + 1
+    link.do("a", events.TimePassed())
+    assert released(link) == [(OLD, 3)]
+    register(link, 10, name="another")
+    assert publishing(link).by_id[OLD].readers == {}
+
+
+def test_what_was_packed_is_restored_whatever_the_numbers_are() -> None:
+    link = recovered(row(2**62, name="", incarnation=1), row(7, incarnation=1), feeds=(past(),))
+    packed = publishing(link).registrations.pack(publishing(link)._position_of)
+    again = begun(3, StateRecovered((past(),), packed))
+    assert set(publishing(again).by_id[OLD].readers) == {("b", RESTORED - 2**62), ("b", -1)}
+    register(again, 2**62 + 1, name="")
+    assert again["a"].counts[Drop.SHAPE] == 1
 
 
 def test_a_subscription_without_a_name_is_that_of_one_life_and_not_waited_for_long() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fabric.errors import SpillBrokenError
+from fabric.errors import SpillBrokenError, StateDirectoryError
 from fabric.storage import state as state_module
 from fabric.storage.spill import Entry, Kind
 from fabric.storage.state import FeedName, KeptFeed, MemberState, read_owner
@@ -149,6 +149,75 @@ def test_a_clean_end_keeps_what_is_owed(owes: str) -> None:
     again.abandon()
 
 
+def test_a_second_life_that_saves_nothing_keeps_what_the_first_one_saved() -> None:
+    disk = FakeDisk()
+    state = begun(disk)
+    state.save_registrations(b"who", outlives=True)
+    state.abandon()
+    again = begun(disk)
+    again.kept = False
+    again.close()
+    assert begun(disk).registrations == b"who"
+
+
+@pytest.mark.parametrize("name", ["life", "registrations"])
+def test_any_byte_that_changed_and_any_suffix_that_is_cut_is_told(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    disk = FakeDisk()
+    state = begun(disk)
+    fill(state)
+    state.save_registrations(b"who is owed what")
+    state.abandon()
+    path = str(WHERE / name)
+    whole = bytes(disk.content(path))
+    hurt = [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :] for at in range(len(whole))]
+    hurt += [whole[:end] for end in range(1, len(whole))]
+    for data in hurt:
+        disk.content(path)[:] = data
+        caplog.clear()
+        again = begun(disk)
+        assert "cannot be read in" in caplog.text
+        assert (again.registrations is None) is (name == "registrations")
+        assert (kept(again).exact, kept(again).end) == (name == "registrations", 6)
+        assert again.incarnation > state.incarnation
+        again.abandon()
+        disk.content(str(WHERE / "life"))[:] = whole if name == "life" else disk.content(str(WHERE / "life"))
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_what_cannot_be_read_now_may_be_there_and_no_life_begins(nth: int) -> None:
+    disk = FakeDisk()
+    state = begun(disk)
+    state.save_registrations(b"who")
+    state.abandon()
+    disk.fail("read", nth)
+    with pytest.raises(SpillBrokenError, match="a new life cannot begin"):
+        begun(disk)
+    disk.mend()
+    again = begun(disk)
+    assert again.registrations == b"who"
+    again.abandon()
+
+
+def test_the_state_of_another_member_is_refused_and_left_alone() -> None:
+    disk = FakeDisk()
+    begun(disk).abandon()
+    before = {path: bytes(disk.content(path)) for path in disk.files}
+    with pytest.raises(StateDirectoryError, match="it is the state of rank-0, not of rank-1"):
+        MemberState.open(WHERE, small(), name="rank-1", boot="boot-1", disk=disk, identity=identities())
+    assert {path: bytes(disk.content(path)) for path in disk.files} == before
+
+
+def test_registrations_that_could_not_be_read_again_are_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_module, "_FILE_BYTES_MAX", 1000)
+    disk = FakeDisk()
+    state = begun(disk)
+    state.save_registrations(bytes(1000))
+    with pytest.raises(SpillBrokenError, match="takes 1001 bytes"):
+        state.save_registrations(bytes(1001))
+    state.abandon()
+    assert begun(disk).registrations == bytes(1000)
+
+
 def test_only_the_latest_of_many_ends_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_module, "FEEDS_REMEMBERED_MAX", 2)
     disk = FakeDisk()
@@ -178,9 +247,5 @@ def test_a_disk_that_fails_is_told_and_what_was_saved_stays() -> None:
     again.abandon()
 
 
-def test_what_cannot_be_read_counts_as_absent() -> None:
-    disk = FakeDisk()
-    state = begun(disk)
-    state.save_registrations(b"before")
-    state.abandon()
+def test_an_older_log_names_the_topic_alone() -> None:
     assert FeedName.decode(b"topic") == FeedName("topic", "reliable", "")
