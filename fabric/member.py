@@ -7,11 +7,11 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fabric.config import Delivery, Policy, Start, WhenFull, check_policy
 from fabric.core import events
-from fabric.core.cursors import Cursor, parse_cursor
+from fabric.core.cursors import Cursor, parse_cursor, parse_redriven
 from fabric.core.members import NAME_BYTES_MAX
 from fabric.core.wire import feed_id
 from fabric.engine.auditing import draw_up
@@ -297,7 +297,10 @@ def check_subscription(
     manual = _choose("acknowledge", acknowledge, "auto", "manual")
     owning = _choose("ownership", ownership, "view", "own")
     chosen = None if seeds is None else frozenset(map(check_seed, seeds))
-    return Options(manual, owning, chosen, name or "", None if cursor is None else parse_cursor(cursor))
+    if cursor is None:
+        return Options(manual, owning, chosen, name or "", None, None)
+    places = parse_cursor(cursor)
+    return Options(manual, owning, chosen, name or "", places, parse_redriven(cast("Mapping[str, Any]", cursor)))
 
 
 def check_handler(attempts: int, exhausted: str) -> bool:

@@ -335,9 +335,11 @@ class Dispatcher:
         message, letters = job.message, self.engine.letters
         key = _key(handler, message)
         if type(message._feed) is not RedrivenFeed:
-            known = letters.earlier.get(key)
-            if known is not None:  # a record that has a letter is not handled again
-                job.hand.settle_one(job.position, known)
+            is_known, reason = letters.known.drop_of(key)
+            if is_known:  # a record that is, or was, a letter is not handled again
+                self.engine.counts["letters_known"] += 1
+                self._forget(handler, message)
+                job.hand.settle_one(job.position, reason)
                 return True
             if handler.parks and letters.is_parked(handler.name, message.lane):
                 self._bury(handler, job, Burial(Drop.PARKED, "it waits for those before it", 0, True), leads=False)
@@ -357,7 +359,8 @@ class Dispatcher:
         message, hand, position = job
         if error is None:
             handler.fuse.hold()
-            self._forget(handler, message)
+            if type(message._feed) is not RedrivenFeed:  # of those the page has to know until the store does
+                self._forget(handler, message)
             hand.settle_one(position)
             return True
         reason = _reason_of(message)

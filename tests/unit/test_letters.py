@@ -230,12 +230,13 @@ def test_what_only_waited_in_an_earlier_life_goes_on_when_its_handler_is_there()
         assert not book.letters.is_ready
         book.store.work()
         assert book.letters.is_ready and len(book.letters.notices()) == 1
-        assert book.letters.earlier == {rows[0].key: "parked", rows[1].key: "handler_exhausted"}
+        known = [book.letters.known.drop_of(row.key) for row in rows]
+        assert known == [(True, "parked"), (True, "handler_exhausted"), (False, None)]
         book.letters.bind(book.letters.claim("jobs.**"), book.inbox)
         book.store.work()
         assert book.arrived() == [1]
         book.bury(9)
-        assert book.letters._entries[5].facts.first == 9, "numbers go on where the earlier life ended"
+        assert book.letters._book.entries[5].facts.first == 9, "numbers go on where the earlier life ended"
 
 
 def test_a_follower_waits_while_nobody_handles_it() -> None:
