@@ -163,6 +163,11 @@ class DeadLetters(Generic[L]):
         """Why letters are not taken now, so that their lanes wait; None if they are."""
         return self._letters.error
 
+    @property
+    def waiting(self) -> int:
+        """How many records become letters once the store takes them; they are not letters yet, and their lanes wait."""
+        return self._letters.waiting
+
     def redrive(self, letters: L | Iterable[L], *, dry_run: bool = False) -> RedriveReport:
         """Let letters come again: to the handler, or into the inbox, of their pattern.
 

@@ -181,10 +181,13 @@ class TriedMessage(Message):
         self.attempt = 1
 
     @property
-    def lane(self) -> tuple[str, str, int]:
-        """Source, topic and seed: its lane, whichever life of its publisher it comes from."""
+    def lane(self) -> tuple[str, str, int, bool]:
+        """Source, topic and seed: its lane, whichever life of its publisher it comes from; and whether it was a letter.
+
+        Such a one never waits for those that came after it: they may wait for the room that it leaves in the store.
+        """
         feed = self._feed
-        return feed.source, feed.topic, self.seed
+        return feed.source, feed.topic, self.seed, type(feed) is RedrivenFeed
 
 
 class Request:

@@ -48,8 +48,8 @@ INLINE_BYTES_MAX = 64 * 1024
 """Values of requests and replies below this size travel in their frame."""
 
 
-Lane = tuple[str, str, int]
-"""Source, topic and seed."""
+Lane = tuple[str, str, int, bool]
+"""Source, topic and seed, and whether it is that of letters which come again."""
 
 
 class Job(NamedTuple):
@@ -79,6 +79,7 @@ class Handler:
     __slots__ = (
         "attempts",
         "blocked",
+        "crowded",
         "function",
         "fuse",
         "hand",
@@ -95,6 +96,8 @@ class Handler:
         self.function, self.inbox, self.name, self.attempts = function, inbox, name, attempts
         self.parks, self.fuse = parks, fuse
         self.blocked: dict[Lane, deque[Job]] = {}
+        self.crowded: deque[Lane] = deque()
+        """Blocked lanes that wait until letters may wait for the store again."""
         self.retries: list[tuple[int, int, Lane]] = []
         self.hand: Hand | None = None
         self.position = 0
@@ -207,7 +210,11 @@ class Dispatcher:
         now = self.engine.clock()
         if self._unclaimed and self._unclaimed[0][0] <= now:
             return True
-        return self.engine.letters.is_ready and any(handler.has_work(now) for handler in self._handlers)
+        letters = self.engine.letters
+        room = letters.room(parked=True)
+        return letters.is_ready and any(
+            handler.has_work(now) or (room > 0 and bool(handler.crowded)) for handler in self._handlers
+        )
 
     def due_ns(self) -> int | None:
         """When the next attempt of a failed message is due."""
@@ -235,6 +242,8 @@ class Dispatcher:
         if not self.engine.letters.is_ready:
             return False
         now = self.engine.clock()
+        for handler in self._handlers:
+            self._go_on(handler)
         return any(
             self._retry(handler) or self._advance(handler) for handler in self._handlers if now >= handler.fuse.until_ns
         )
@@ -341,7 +350,11 @@ class Dispatcher:
                 self._forget(handler, message)
                 job.hand.settle_one(job.position, reason)
                 return True
-            if handler.parks and letters.is_parked(handler.name, message.lane):
+            is_parked = handler.parks and letters.is_parked(handler.name, message.lane[:3])
+            if letters.room(parked=is_parked) <= 0:
+                handler.crowded.append(message.lane)
+                return False
+            if is_parked:
                 self._bury(handler, job, Burial(Drop.PARKED, "it waits for those before it", 0, True), leads=False)
                 return True
         page = letters.page
@@ -410,6 +423,12 @@ class Dispatcher:
                 heappush(handler.retries, (self.engine.clock(), next(self._order), message.lane))
             if not self._buried:
                 self.engine.push()
+
+    def _go_on(self, handler: Handler) -> None:
+        """As many lanes try again as there is room for letters."""
+        now, room = self.engine.clock(), self.engine.letters.room(parked=True)
+        for _ in range(min(room, len(handler.crowded))):
+            heappush(handler.retries, (now, next(self._order), handler.crowded.popleft()))
 
     def _forget(self, handler: Handler, message: Message) -> None:
         """It is out of the hand."""

@@ -83,7 +83,7 @@ class Letters:
         self.is_ready = True
         """False while the letters of an earlier life are read: nothing is handled before they are known."""
         self.is_idle = True
-        """Fast path: no lane is parked, there was no earlier life, and nothing is noted."""
+        """Fast path: there was no letter yet, and no earlier life."""
         self.error: FabricError | None = None
         """Why the store refused last; None if it takes letters."""
 
@@ -157,6 +157,16 @@ class Letters:
 
     # Burying.
 
+    def room(self, *, parked: bool) -> int:
+        """How many more letters may wait for the store; of lanes that are parked already, fewer."""
+        most = self._limits.waiting_max
+        return (-(-most // 2) if parked else most) - self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """How many letters wait to be written."""
+        return self._engine.counts["letters_waiting"]
+
     def is_parked(self, name: str, lane: tuple[str, str, int]) -> bool:
         """Whether the letters of this lane have to go first."""
         return (name, *lane) in self._book.lanes
@@ -170,8 +180,9 @@ class Letters:
         with self._lock:
             known = self._book.find(facts.key)
             if known is None:
+                self.is_idle = False
                 facts = self._book.number(facts)
-                entry = self._enter(Entry.of(facts, written=False))
+                entry = self._book.enter(Entry.of(facts, written=False))
                 entry.then.append(then)
                 self._engine.counts["letters_waiting"] += 1
             elif not known.written:
@@ -190,11 +201,6 @@ class Letters:
         for then in told:
             then()
         self._follow(lane_of(entry.facts))
-
-    def _enter(self, entry: Entry) -> Entry:
-        if entry.facts.parked:
-            self.is_idle = False
-        return self._book.enter(entry)
 
     def notice(self, command: events.ReportGap) -> None:
         """Note records that were lost without a letter. Under the engine's lock; nobody waits for it."""
@@ -238,7 +244,7 @@ class Letters:
         elif facts.kind == "over":
             self._remember(facts, facts.reason)
         else:
-            self._enter(entry)
+            self._book.enter(entry)
             self.known.add(facts.key, facts.reason)
 
     def on_refused(self, error: FabricError | None) -> None:

@@ -206,6 +206,66 @@ async def test_a_full_store_takes_none_and_only_the_lane_waits(face: Any, a: Any
     assert picky.seen[-1] == (2, 21, False)
 
 
+CROWDED = replace(DEFAULT, letters=Letters(rows_max=1, waiting_max=4))
+
+
+@played(config=CROWDED)
+async def test_a_full_store_bounds_what_waits_for_it_and_loses_nothing(face: Any, a: Any, b: Any) -> None:
+    picky = Picky(0)
+    b.on("t", attempts=1, exhausted="park")(picky)
+    publisher = a.publisher("t")
+    await publisher.wait_for_subscribers(1)
+    for value in range(20):
+        await publisher.publish(value, seed=0)
+    for value in range(100, 105):
+        await publisher.publish(value, seed=value)
+    await face.until(lambda: len(picky.seen) == 5 and b.dead_letters.waiting == 2)
+    await face.until(lambda: b.dead_letters.error is not None)
+    assert (len(b.dead_letters), b.statistics()["letters_waiting"]) == (1, 2)
+    assert sorted(value for _, value, _ in picky.seen) == list(range(100, 105)), "other lanes go on"
+    picky.bad = set()
+    b.dead_letters.redrive(b.dead_letters[0])
+    await publisher.flush(timeout_s=20)
+    await face.until(lambda: not len(b.dead_letters))
+    assert [value for seed, value, _ in picky.seen if seed == 0] == list(range(20))
+    assert (b.dead_letters.waiting, b.dead_letters.error) == (0, None)
+
+
+@played(config=replace(DEFAULT, letters=Letters(rows_max=1, waiting_max=1)))
+async def test_where_no_more_letters_may_wait_nothing_runs_that_could_become_one(face: Any, a: Any, b: Any) -> None:
+    picky = Picky("all")
+    b.on("t", attempts=1)(picky)
+    publisher = a.publisher("t")
+    await publisher.wait_for_subscribers(1)
+    for value in range(6):
+        await publisher.publish(value, seed=value)
+    await face.until(lambda: b.dead_letters.error is not None)
+    assert (len(b.dead_letters), b.dead_letters.waiting) == (1, 1)
+    picky.bad = set()
+    assert b.dead_letters.redrive(b.dead_letters).queued
+    await face.until(lambda: len(picky.seen) == 5)
+    await publisher.flush(timeout_s=20)
+    assert [*sorted(value for _, value, _ in picky.seen), b.dead_letters[0].seed] == [0, 2, 3, 4, 5, 1]
+
+
+@played(config=replace(DEFAULT, letters=Letters(rows_max=1)))
+async def test_a_letter_comes_again_though_its_lane_waits_for_room(
+    face: Any, a: Any, b: Any
+) -> None:
+    picky = Picky(0, 1)
+    b.on("t", attempts=1)(picky)
+    publisher = a.publisher("t")
+    await publisher.wait_for_subscribers(1)
+    for value in range(3):
+        await publisher.publish(value)
+    await face.until(lambda: b.dead_letters.error is not None)
+    picky.bad = set()
+    b.dead_letters.redrive(b.dead_letters)
+    await publisher.flush(timeout_s=20)
+    assert [value for _, value, _ in picky.seen] == [0, 2]
+    assert [letter.sequence for letter in b.dead_letters] == [1]
+
+
 @played()
 async def test_a_parked_lane_waits_and_comes_again_in_order(face: Any, a: Any, b: Any) -> None:
     picky = Picky(1)
