@@ -249,9 +249,7 @@ async def test_where_no_more_letters_may_wait_nothing_runs_that_could_become_one
 
 
 @played(config=replace(DEFAULT, letters=Letters(rows_max=1)))
-async def test_a_letter_comes_again_though_its_lane_waits_for_room(
-    face: Any, a: Any, b: Any
-) -> None:
+async def test_a_letter_comes_again_though_its_lane_waits_for_room(face: Any, a: Any, b: Any) -> None:
     picky = Picky(0, 1)
     b.on("t", attempts=1)(picky)
     publisher = a.publisher("t")
@@ -327,6 +325,40 @@ async def test_a_handler_for_which_all_dies_of_one_reason_pauses(face: Any, a: A
     picky.bad = set()
     await publisher.flush(timeout_s=20)
     assert len(b.dead_letters) + len(picky.seen) == 20 and len(b.dead_letters) <= 4
+
+
+@played(config=replace(DEFAULT, letters=Letters(same_reason_max=3, pause_s=0.1)))
+async def test_after_a_pause_one_message_decides_and_the_log_says_so(face: Any, a: Any, b: Any) -> None:
+    records: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = records.append  # type: ignore[method-assign]
+    log = logging.getLogger("fabric.handlers")
+    log.addHandler(listener)
+    running: list[int] = []
+    failing = [True]
+
+    @b.on("t", attempts=1)
+    async def handle(message: Any) -> None:
+        running.append(message.value)
+        if failing:
+            raise ValueError
+
+    publisher = a.publisher("t")
+    await publisher.wait_for_subscribers(1)
+    for value in range(60):
+        if value == 3:
+            await face.until(lambda: b.statistics().get("handlers_paused") == 1)
+        await publisher.publish(value, seed=value)
+    await face.until(lambda: b.statistics()["handlers_paused"] >= 3)
+    paused = b.statistics()["handlers_paused"]
+    assert len(running) <= 3 + paused, "of each pause one message is the probe"
+    failing.clear()
+    await publisher.flush(timeout_s=20)
+    assert sorted(running) == list(range(60)), "each of them ran once"
+    log.removeHandler(listener)
+    texts = [record.getMessage() for record in records]
+    assert any("die" in text and "ValueError: it pauses" in text for text in texts)
+    assert any("it goes on" in text for text in texts)
 
 
 @played()

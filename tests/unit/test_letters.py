@@ -8,8 +8,8 @@ from typing import Any
 
 from fabric.config import Letters as Limits
 from fabric.core.events import Deliver, MessagesSettled
-from fabric.engine.dispatch import Handler
-from fabric.engine.fuse import Fuse
+from fabric.core.guards import Breaker
+from fabric.engine.handler import Handler
 from fabric.engine.inbox import Inbox
 from fabric.engine.letter_forms import Burial, cut_text, letter_of, message_of
 from fabric.engine.lettering import (
@@ -309,28 +309,21 @@ def test_a_closed_engine_asks_for_nothing(tmp_path: Path) -> None:
     assert book.letters.page is None
 
 
-# The fuse.
+# The breaker of a handler.
 
 
-def test_a_fuse_blows_when_all_dies_of_one_reason_and_only_then() -> None:
-    fuse = Fuse(Limits(same_reason_max=3, pause_s=2.0))
-    assert [fuse.burn(reason, 0) for reason in ("a", "a", "b", "b")] == [False] * 4
-    fuse.hold()
-    assert [fuse.burn("b", 0) for _ in range(3)] == [False, False, True]
-    assert fuse.until_ns == 2 * S
-    assert not fuse.burn("b", S), "it is blown already"
-    assert fuse.burn("b", 2 * S), "one that was tried after the pause, in vain"
-    assert fuse.until_ns == 4 * S
-
-
-def test_a_handler_whose_fuse_is_blown_has_nothing_to_do_until_it_is_whole() -> None:
+def test_a_handler_that_is_left_alone_has_nothing_to_do_until_one_may_try() -> None:
     inbox = Inbox(1)
-    fuse = Fuse(Limits(same_reason_max=1, pause_s=2.0))
-    handler = Handler(print, inbox, "t", 1, parks=False, fuse=fuse)
-    assert (handler.due_ns(), handler.has_work(0)) == (None, False)
+    handler = Handler(print, inbox, "t", 1, parks=False, breaker=Breaker(1, 2 * S))
+    assert (handler.due_ns(), handler.has_work(0, 1)) == (None, False)
     inbox.items.append(message_of(letter(1), 1))
-    handler.retries.append((5, 0, ("rank-1", "t", 0)))
-    assert (handler.due_ns(), handler.has_work(0)) == (5, True)
-    fuse.burn("a", 0)
-    assert (handler.due_ns(), handler.has_work(2 * S - 1)) == (2 * S, False)
-    assert handler.has_work(2 * S)
+    handler.retries.append((5, 0, ("rank-1", "t", 0, False)))
+    assert (handler.due_ns(), handler.has_work(0, 1)) == (5, True)
+    handler.breaker = handler.breaker.fail(0, 0, "a")
+    assert (handler.due_ns(), handler.has_work(2 * S - 1, 1)) == (2 * S, False)
+    assert handler.has_work(2 * S, 1)
+    inbox.items.clear()
+    handler.retries.clear()
+    assert (handler.due_ns(), handler.has_work(2 * S, 1)) == (None, False)
+    handler.crowded.append(("rank-1", "t", 0, False))
+    assert (handler.due_ns(), handler.has_work(2 * S, 1), handler.has_work(2 * S, 0)) == (2 * S, True, False)
