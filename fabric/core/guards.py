@@ -30,6 +30,10 @@ class Retry(NamedTuple):
         """The next attempt waits as long again, though none is made now."""
         return self._replace(due_ns=now_ns + self.wait_ns)
 
+    def rested(self) -> Retry:
+        """Nothing is under way; the next attempt is made at once."""
+        return self._replace(due_ns=0)
+
     def after(self, now_ns: int, chance: float = 1.0) -> Retry:
         """An attempt is made now. The next is due after `chance` of the wait: drawn from 0 to 1, that is full jitter.
 
