@@ -359,7 +359,7 @@ class Letters:
         number = cast("RedrivenFeed", event.feed).letter
         with self._lock:
             entry = self._book.entries.get(number)
-            if entry is None:
+            if entry is None or not entry.sent:  # whoever had it is closed, and it stayed a letter
                 return
             gone = self._settle(entry) if event.handled else None
             self._return(entry)
