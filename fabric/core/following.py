@@ -344,9 +344,7 @@ class Following:
             return
         left = max(inbound.room.left for inbound in followed.inbounds)
         if left <= 0 and not any(inbound.held for inbound in followed.inbounds):
-            followed.pulling = (
-                pulling.rested()
-            )  # nobody has to wake up for it: what is settled, and each heartbeat, tries again
+            followed.pulling = pulling.rested()  # nobody wakes up for it: what is settled, and heartbeats, try again
             self._starved[followed.feed] = followed
             self._note(followed)
             return

@@ -309,6 +309,74 @@ def test_a_closed_engine_asks_for_nothing(tmp_path: Path) -> None:
     assert book.letters.page is None
 
 
+def test_a_disk_that_fails_when_a_letter_was_handled_does_not_bring_it_back(tmp_path: Path) -> None:
+    book = Book()
+    book.letters.page = HandPage.open(tmp_path)
+    book.bury(1)
+    book.store.work()
+    book.letters.redrive([1], dry_run=False)
+    book.store.work()
+    assert book.arrived() == [1]
+    book.settle(book.items[0], 1)
+    full, store = LetterStoreBrokenError("no", directory="x"), book.store.keeper._opened()
+
+    @contextlib.contextmanager
+    def refuse() -> Any:
+        raise full
+        yield
+
+    transaction = store.transaction
+    store.transaction = refuse  # type: ignore[method-assign]
+    book.store.work()
+    assert book.letters.count == 0 and 1 in store
+    again = HandPage.open(tmp_path)
+    assert len(again.finished) == 1, "the next life would know"
+    again.close()
+    store.transaction = transaction  # type: ignore[method-assign]
+    book.store.work()
+    book.store.keeper.work(())
+    assert 1 not in store and book.letters.page.finished == set()
+    assert not HandPage.open(tmp_path).finished
+    book.letters.close()
+
+
+def test_a_record_that_dies_again_while_its_letter_is_written_waits_for_that_letter() -> None:
+    book, told = Book(), []
+    message = message_for(letter(1, value=b"12345678"))
+    for number in (1, 2):
+        book.letters.bury(message, book.name, Burial("rejected", "no", 1), lambda number=number: told.append(number))  # type: ignore[misc]
+    assert (told, book.letters.waiting) == ([], 1), "not before it is written (D1)"
+    book.store.work()
+    assert (told, book.letters.waiting, book.letters.count) == ([1, 2], 0, 1)
+
+
+def test_of_one_that_saves_cursors_a_handled_letter_hides_and_its_lane_goes_on() -> None:
+    book = Book()
+    book.letters.release(book.name)
+    name = book.letters.claim("jobs.**")
+    book.letters.bind(name, book.inbox, [])
+    for number, reason in ((1, "handler_exhausted"), (2, "parked"), (3, "handler_exhausted")):
+        book.bury(number, reason, parked=True)
+    book.store.work()
+    book.letters.redrive([1], dry_run=False)
+    for number in (1, 2):
+        book.store.work()
+        assert book.arrived() == [number]
+        book.settle(book.items[0], 1)
+    saved = book.letters.handled_by(name)
+    assert [slot.offset for slot in saved] == [1, 2] and [each.id for each in book.letters.all()] == [3]
+    assert book.letters.redrive([1], dry_run=True)[1] == {1: "it is gone"} and book.letters.discard([1]) == 0
+    book.letters.commit(name, saved[:1])
+    assert book.letters.handled_by(name) == saved[1:] and book.letters.count == 1
+    book.letters.release(name)
+    assert [each.id for each in book.letters.all()] == [2, 3]
+    book.letters.bind(book.letters.claim("jobs.**"), book.inbox)
+    book.store.work()
+    assert book.arrived() == [2], "in its place again"
+    book.store.work()
+    assert sorted(book.store.keeper._opened().numbers()) == [2, 3]
+
+
 # The breaker of a handler.
 
 
