@@ -281,7 +281,10 @@ class Dispatcher:
 
     def _admit(self, handler: Handler, job: Job) -> bool | None:
         """None if the handler is to run now; else whether the lane goes on without that."""
-        breaker, ticket = handler.breaker.admit(self.engine.clock())
+        breaker = handler.breaker
+        ticket: int | None = breaker.ticket
+        if breaker.due_ns:  # fast path: a closed breaker needs no clock
+            breaker, ticket = breaker.admit(self.engine.clock())
         if ticket is None:
             handler.crowded.append(job.message.lane)
             return False
@@ -322,7 +325,8 @@ class Dispatcher:
         """Whether the message is settled, after its handler ran. Otherwise it is tried again, or becomes a letter."""
         message, hand, position = job
         if error is None:
-            self._note_outcome(handler, handler.breaker.succeed(message.ticket, self.engine.clock()))
+            if handler.breaker.failures or handler.breaker.due_ns:
+                self._note_outcome(handler, handler.breaker.succeed(message.ticket, self.engine.clock()))
             if type(message._feed) is not RedrivenFeed:  # of those the page has to know until the store does
                 self._forget(handler, message)
             hand.settle_one(position)
