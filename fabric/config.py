@@ -214,6 +214,12 @@ class Letters:
     """Of the text that says what went wrong; the rest is cut."""
     notices_max: int = 1000
     """Notices of gaps and of records that never became messages; the oldest give way, counted."""
+    waiting_max: int = 10_000
+    """Letters that wait in memory for a store which refuses; of parked lanes half of that. Beyond it records wait where
+    they were delivered, and hold their room: but for what is redriven, nothing runs that could not become a letter."""
+    remembered_max: int = 10_000
+    """Letters of a member with state that were handled or given up, whose records its next lives do not handle again;
+    at most 512 bytes on disk for each, beside `bytes_max`. The oldest are forgotten, counted."""
     redriven_at_once_max: int = 256
     """Letters on their way back to their handlers at once ..."""
     redriven_bytes_max: int = 8 * MIB

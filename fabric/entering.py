@@ -151,6 +151,7 @@ class Entry:
             lambda: open_letters(config.spill, config.letters, card.job, card.name, card.incarnation, where),
             engine.clock,
             open_page=None if where is None else lambda: HandPage.open(where),
+            remembers=self._state is None or self._state.kept,
         )
         keeper.refused, keeper.damaged = engine.letters.on_refused, engine.letters.on_damaged
         return keeper

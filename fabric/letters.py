@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from fabric.engine.steps import Steps, Wait
-from fabric.errors import FabricError, SchemaError, WaitTimeoutError
+from fabric.errors import ConfigError, FabricError, SchemaError, WaitTimeoutError
 from fabric.payloads import decode, unpack_metadata
 from fabric.storage.letter_rows import LetterRow
 from fabric.topics import compile_pattern
@@ -93,6 +93,12 @@ class DeadLetter(LetterBase):
 L = TypeVar("L", bound=LetterBase)
 
 
+def _listed(letters: object) -> list[Any]:
+    if not isinstance(letters, Iterable):
+        raise ConfigError(f"{letters!r} is no dead letter", field="letters")
+    return list(letters)
+
+
 @dataclass(frozen=True, slots=True)
 class RedriveReport:
     """What a redrive did, or with `dry_run` would do."""
@@ -163,12 +169,17 @@ class DeadLetters(Generic[L]):
         """Why letters are not taken now, so that their lanes wait; None if they are."""
         return self._letters.error
 
+    @property
+    def waiting(self) -> int:
+        """How many records become letters once the store takes them; they are not letters yet, and their lanes wait."""
+        return self._letters.waiting
+
     def redrive(self, letters: L | Iterable[L], *, dry_run: bool = False) -> RedriveReport:
         """Let letters come again: to the handler, or into the inbox, of their pattern.
 
         It returns at once; what is handled is no letter any more, what dies again stays one. Letters of a parked lane
         come in their place, the oldest first; others late, with `message.redelivered`. With `dry_run` nothing happens.
-        Raises `ClosedError`, `BrokenError`, `WrongProcessError`.
+        Raises `ConfigError` for what is no letter of this member, `ClosedError`, `BrokenError`, `WrongProcessError`.
         """
         self._engine.require_open()
         chosen = {letter.number: letter for letter in self._several(letters)}
@@ -189,9 +200,12 @@ class DeadLetters(Generic[L]):
         self._engine.require_open()
         return self._letters.discard(letter.number for letter in self._several(letters))
 
-    @staticmethod
-    def _several(letters: L | Iterable[L]) -> Iterable[L]:
-        return [letters] if isinstance(letters, LetterBase) else list(letters)
+    def _several(self, letters: L | Iterable[L]) -> list[L]:
+        several: list[Any] = [letters] if isinstance(letters, LetterBase) else _listed(letters)
+        for letter in several:  # by number, another member's would be taken for one of ours
+            if not isinstance(letter, LetterBase) or letter._engine is not self._engine:
+                raise ConfigError(f"{letter!r} is no dead letter of this member", field="letters")
+        return several
 
     def _show(self, facts: LetterRow) -> Any:  # noqa: ANN401 - a letter of this face
         return self.letter_class(

@@ -9,11 +9,11 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from fabric.config import Delivery, Policy, Start, WhenFull, check_policy
 from fabric.core import events
-from fabric.core.cursors import Cursor, parse_cursor
+from fabric.core.cursors import Cursor, parse_cursor, parse_redriven
 from fabric.core.disk import RestWanted
 from fabric.core.members import NAME_BYTES_MAX
 from fabric.core.wire import feed_id
@@ -339,7 +339,10 @@ def check_subscription(
     manual = _choose("acknowledge", acknowledge, "auto", "manual")
     owning = _choose("ownership", ownership, "view", "own")
     chosen = None if seeds is None else frozenset(map(check_seed, seeds))
-    return Options(manual, owning, chosen, name or "", None if cursor is None else parse_cursor(cursor))
+    if cursor is None:
+        return Options(manual, owning, chosen, name or "", None, None)
+    places = parse_cursor(cursor)
+    return Options(manual, owning, chosen, name or "", places, parse_redriven(cast("Mapping[str, Any]", cursor)))
 
 
 def check_handler(attempts: int, exhausted: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fabric.core.guards import Retry
 from fabric.core.wire import ADDRESSED
 from fabric.errors import FabricError
 from fabric.payloads import BYTES, decode, decode_into, own, unpack_metadata
@@ -151,6 +152,11 @@ def plain_messages(
         yield message
 
 
+_RETRY = Retry(100_000_000, 10_000_000_000)
+"""In nanoseconds. A handler that raised is tried again after 0.1 s, and then after twice as long each time (reliability
+notes, section 4.11), but never after more than 10 s: attempts may be many."""
+
+
 class HeldMessage(Message):
     """A message in the hand of an application that acknowledges by itself."""
 
@@ -174,17 +180,23 @@ class HeldMessage(Message):
 class TriedMessage(Message):
     """A message as a handler sees it; it may be tried again."""
 
-    __slots__ = ("attempt",)
+    __slots__ = ("attempt", "retry", "ticket")
 
     def __init__(self, burst: Burst, row: int, feed: InboundFeed | RedrivenFeed) -> None:
         super().__init__(burst, row, feed, burst.columns[0][row], burst.columns[1][row])
         self.attempt = 1
+        self.retry = _RETRY
+        self.ticket = 0
+        """Of the breaker of its handler, for this attempt."""
 
     @property
-    def lane(self) -> tuple[str, str, int]:
-        """Source, topic and seed: its lane, whichever life of its publisher it comes from."""
+    def lane(self) -> tuple[str, str, int, bool]:
+        """Source, topic and seed: its lane, whichever life of its publisher it comes from; and whether it was a letter.
+
+        Such a one never waits for those that came after it: they may wait for the room that it leaves in the store.
+        """
         feed = self._feed
-        return feed.source, feed.topic, self.seed
+        return feed.source, feed.topic, self.seed, type(feed) is RedrivenFeed
 
 
 class Request:

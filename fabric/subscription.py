@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from operator import length_hint
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from fabric.core import events
-from fabric.core.cursors import Cursor, pack_cursor, parse_cursor
+from fabric.core.books import HANDLED
+from fabric.core.cursors import Cursor, Slot, pack_cursor, parse_cursor, parse_redriven
 from fabric.core.wire import TOMBSTONE, Drop
 from fabric.engine.inbox import Gap, Hand, Inbox
 from fabric.engine.letter_forms import Burial
@@ -34,6 +35,8 @@ class Options(NamedTuple):
     seeds: frozenset[int] | None
     name: str
     cursor: Cursor | None
+    redriven: frozenset[Slot] | None
+    """The letters that the cursor names as handled; None without a cursor."""
 
 
 class _Verdict:
@@ -73,10 +76,11 @@ class SubscriptionBase:
         """Held to settle by hand: the storage thread does it too, for a letter that it has written."""
         self._verdicts: dict[tuple[object, int], deque[_Verdict]] = {}
         """Of each lane the oldest message that becomes a letter just now, and those behind it: they settle in order."""
+        self._known: Mapping[int, str] = {}
+        """What is known of records of the burst in hand: they are, or were, letters, and are not handed out."""
         self._name = engine.letters.claim(options.name or pattern)
-        engine.letters.bind(self._name, inbox)
+        engine.letters.bind(self._name, inbox, options.redriven)
         self._closed = self._rests = False
-        self._is_named = bool(options.name)
         self.bytes_received = self.messages_received = 0
 
     # Taking.
@@ -161,13 +165,13 @@ class SubscriptionBase:
     def _rest_of_hand(self, hand: Hand) -> tuple[Iterator[int], Iterator[Message]]:
         """The rows after the last that was handed out, and their messages, which use them up.
 
-        Without rows if some values of the burst were lost at their source.
+        Without rows if some of the burst are not handed out.
         """
         begin, burst, feed = self._at + 1, hand.item.burst, hand.item.feed
         rows = hand.rows[begin:]
         seeds, sequences, kinds, _, metadata = burst.columns
         left = iter(rows)
-        if self._owning or TOMBSTONE in kinds:
+        if self._owning or TOMBSTONE in kinds or self._known:
             return left, iter(())
         if isinstance(rows, range) and metadata is None and kinds.count(BYTES) == len(kinds):
             at = rows.start
@@ -220,6 +224,10 @@ class SubscriptionBase:
         burst = item.burst
         seeds, sequences, kinds, _, _ = burst.columns
         kind, seed = kinds[row], seeds[row]
+        counts_as = self._known.get(burst.first + row)
+        if counts_as is not None:
+            self._drop_known(hand, at, counts_as)
+            return None
         reason = Drop.LOST_AT_SOURCE if kind == TOMBSTONE else None
         if item.feed.latest and reason is None and self._newest.get((item.feed, seed), -1) > burst.first + row:
             reason = Drop.SUPERSEDED
@@ -234,6 +242,16 @@ class SubscriptionBase:
             return Message(burst, row, item.feed, seed, sequences[row])
         self._unsettled.setdefault((item.feed, seed), deque()).append((burst.first + row, hand, at))
         return HeldMessage(burst, row, item.feed, self._settle_message)
+
+    def _drop_known(self, hand: Hand, at: int, counts_as: str) -> None:
+        """This record is, or was, a letter (D1): it counts as what became of that."""
+        self._engine.counts["letters_known"] += 1
+        reason = None if counts_as == HANDLED else counts_as
+        if self._manual:
+            with self._settling:
+                hand.settle_one(at, reason)
+        elif reason is not None:
+            hand.drop(reason)
 
     def _turn_page(self, keep: bool, look: bool) -> bool:
         """The burst in hand is handled; take the next one, if there is one."""
@@ -252,7 +270,11 @@ class SubscriptionBase:
             self._engine.push()  # what was settled does not wait for the next message
             return False
         item = items.popleft()
-        self._hand, self._at, self._latest = self._engine.hand_of(item), -1, item.feed
+        feed, burst = item.feed, item.burst
+        self._hand, self._at, self._latest = self._engine.hand_of(item), -1, feed
+        is_letter = type(cast("Any", feed)) is RedrivenFeed
+        known = self._engine.letters.known
+        self._known = {} if is_letter else known.of_burst(self._name, feed, range(burst.first, burst.end))
         self.messages_received += len(self._hand.rows)
         self.bytes_received += item.size
         if item.feed.latest:
@@ -320,29 +342,35 @@ class SubscriptionBase:
     def cursor(self) -> dict[str, list[Any]]:
         """Where this subscription stands, for the application to save with its own state.
 
-        {"source/topic": [incarnation, floor, settled ranges above it]}, of plain values that JSON takes. The call
-        itself says that what was handed out before is handled; with `acknowledge="manual"`, what was acknowledged
-        counts. `subscribe(..., cursor=)` goes on from it.
+        {"source/topic": [incarnation, floor, settled ranges above it]}, of plain values that JSON takes; under
+        "redriven", the dead letters that came again and were handled. The call itself says that what was handed out
+        before is handled; with `acknowledge="manual"`, what was acknowledged counts. `subscribe(..., cursor=)` goes on
+        from it.
         """
         self._enter()
         try:
             self._settle_hand()
             self._engine.settle_up()
+            redriven = self._engine.letters.handled_by(self._name)
             with self._engine.lock:
-                return pack_cursor(self._engine.core.subscribing.cursor(self._inbox.number))
+                return pack_cursor(self._engine.core.subscribing.cursor(self._inbox.number), redriven)
         finally:
             self._user.release()
 
     def commit(self, cursor: Mapping[str, Any]) -> None:
         """This cursor of ours is saved: publishers need not keep what lies below it. Only for who gave a `cursor`.
 
-        Raises `ConfigError` if it is no cursor, or the subscription was opened without one.
+        The dead letters that it names as handled leave the store. Raises `ConfigError` if it is no cursor, or the
+        subscription was opened without one.
         """
         if self._options.cursor is None:
             raise ConfigError("the subscription was opened without one", field="cursor")
         committed = parse_cursor(cursor)
+        redriven = parse_redriven(cursor)
         self._require_open()
         self._engine.submit(events.CursorCommitted(self._inbox.number, committed))
+        if redriven:
+            self._engine.letters.commit(self._name, redriven)
 
     # Looking.
 
@@ -368,7 +396,7 @@ class SubscriptionBase:
             if forgotten and self._rests:
                 raise ClosedError(what=f"the subscription to {self.pattern}, which stays owed")
             return
-        self._closed, self._rests = True, bool(self._is_named and not forgotten)
+        self._closed, self._rests = True, bool(self._options.name) and not forgotten
         self._catch_up()
         hand, self._hand = self._hand, None
         if hand is not None and not self._manual:

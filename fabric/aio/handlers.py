@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from fabric.aio.driving import SLICE_NS, LoopDriver
 from fabric.core import events
-from fabric.engine.dispatch import Dispatcher, Handler, Job, Lane
+from fabric.engine.dispatch import Dispatcher
+from fabric.engine.handler import Handler, Job, Lane
 from fabric.engine.steps import Wait
 
 __all__ = ["TaskDispatcher"]
@@ -98,7 +99,7 @@ class TaskDispatcher(Dispatcher):
         waiting = handler.blocked[lane]
         while waiting and not self._closing.is_set():
             job = waiting[0]
-            admitted = None if self.engine.letters.is_idle else self._admit(handler, job)
+            admitted = self._admit(handler, job)
             if admitted is not None:
                 if not admitted:
                     return

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from fabric.errors import ConfigError
 
-__all__ = ["Cursor", "Place", "Ranges", "pack_cursor", "parse_cursor"]
+__all__ = ["REDRIVEN", "Cursor", "Place", "Ranges", "Slot", "pack_cursor", "parse_cursor", "parse_redriven"]
 
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
+REDRIVEN = "redriven"
+"""What a cursor says of dead letters. No source and topic is called so: they have a slash between them."""
 _END = 2**63
 
 
@@ -28,23 +30,50 @@ Cursor: TypeAlias = Mapping[tuple[str, str], Place]
 """By source and topic."""
 
 
-def pack_cursor(cursor: Cursor) -> dict[str, list[Any]]:
-    """As plain values that JSON and msgpack take: {"source/topic": [incarnation, floor, [[first, end], ...]]}."""
-    return {
+class Slot(NamedTuple):
+    """Of one record: whose dead letter came again and was handled (RULES N6)."""
+
+    source: str
+    topic: str
+    incarnation: int
+    offset: int
+
+
+def pack_cursor(cursor: Cursor, redriven: Collection[Slot] = ()) -> dict[str, list[Any]]:
+    """As plain values that JSON and msgpack take: {"source/topic": [incarnation, floor, [[first, end], ...]]}.
+
+    Under "redriven" are letters that were handled: [[source, topic, incarnation, offset], ...]; only if there are any.
+    """
+    packed: dict[str, list[Any]] = {
         f"{source}/{topic}": [place.incarnation, place.floor, [list(pair) for pair in place.settled]]
         for (source, topic), place in cursor.items()
     }
+    return packed | {REDRIVEN: [list(slot) for slot in redriven]} if redriven else packed
 
 
 def parse_cursor(packed: object) -> Cursor:
-    """The cursor in what `pack_cursor` made, after whatever the application did with it.
+    """The places in what `pack_cursor` made, after whatever the application did with it.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is no cursor.
     """
     if not isinstance(packed, Mapping):
         raise ConfigError(f"a cursor is a dict, not {type(packed).__name__}", field="cursor")
-    return dict(_entry(key, value) for key, value in packed.items())
+    return dict(_entry(key, value) for key, value in packed.items() if key != REDRIVEN)
+
+
+def parse_redriven(packed: Mapping[str, Any]) -> frozenset[Slot]:
+    """The letters that were handled, in what `pack_cursor` made.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    try:
+        slots = frozenset(Slot(*slot) for slot in packed.get(REDRIVEN, ()))
+        _require(all(type(slot) is Slot and [*map(type, slot)] == [str, str, int, int] for slot in slots))
+    except (TypeError, ValueError):
+        raise ConfigError(f"{REDRIVEN!r} of a cursor names no letters", field="cursor") from None
+    return slots
 
 
 def _entry(key: object, value: Any) -> tuple[tuple[str, str], Place]:  # noqa: ANN401 - whatever was saved

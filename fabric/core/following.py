@@ -10,6 +10,7 @@ from heapq import heappop, heappush
 
 from fabric.core.events import Buffer, FollowFeed, UnfollowFeed
 from fabric.core.fetching import Fetching
+from fabric.core.guards import Retry
 from fabric.core.lanes import InboundFeed
 from fabric.core.members import MS, Context, Peer
 from fabric.core.ranges import RangeSet
@@ -21,7 +22,7 @@ PULL_RANGES_MAX = 64
 """Ranges in one pull (reliability notes, section 4.7)."""
 ACKNOWLEDGEMENTS_PER_FRAME = 4000
 JOINS_PER_FRAME = 1000
-JOIN_FIRST_NS, JOIN_MAX_NS = 20 * MS, 1000 * MS
+JOIN = Retry(20 * MS, 1000 * MS)
 WINDOW_BYTES_MIN = 64
 """The credit of a pull sinks no lower, whatever is turned away."""
 
@@ -38,15 +39,13 @@ class FollowedFeed:
         "feed",
         "inbounds",
         "incarnation",
-        "join_due_ns",
-        "join_wait_ns",
+        "joining",
         "known",
         "live",
         "nonce",
         "past",
         "peer",
-        "pull_due_ns",
-        "pull_wait_ns",
+        "pulling",
         "pushed",
         "queued_ns",
         "token",
@@ -56,7 +55,7 @@ class FollowedFeed:
     )
 
     def __init__(
-        self, feed: int, peer: Peer, topic: str, incarnation: int, known: int, first_wait_ns: int, window: int
+        self, feed: int, peer: Peer, topic: str, incarnation: int, known: int, pulling: Retry, window: int
     ) -> None:
         self.feed, self.peer, self.topic, self.incarnation, self.known = feed, peer, topic, incarnation, known
         self.past = self.unserved = incarnation < peer.incarnation
@@ -69,8 +68,9 @@ class FollowedFeed:
         self.live = self.far = self.crowded = False
         self.window = window
         """The credit of the next pull, room allowing: half of the last if some of that was turned away, else double."""
-        self.nonce = self.token = self.join_due_ns = self.pull_due_ns = self.asked_end = self.asked_first = 0
-        self.join_wait_ns, self.pull_wait_ns = JOIN_FIRST_NS, first_wait_ns
+        self.nonce = self.token = self.asked_end = self.asked_first = 0
+        self.joining, self.pulling = JOIN, pulling
+        """When to ask for a marker again, and to pull again; the latter is due at 0 while no pull is under way."""
 
 
 class Following:
@@ -78,6 +78,8 @@ class Following:
 
     def __init__(self, context: Context, fetching: Fetching, touched: dict[InboundFeed, None]) -> None:
         self._context, self._fetching = context, fetching
+        repair = context.config.repair
+        self._first_pull = Retry(repair.retry_ms_first * MS, repair.retry_ms_max * MS)
         self._touched = touched
         """What was received, settled or lost of these, so their books may have changed."""
         self.feeds: dict[int, FollowedFeed] = {}
@@ -100,7 +102,7 @@ class Following:
         if followed is None:
             repair = self._context.config.repair
             followed = self.feeds[feed] = FollowedFeed(
-                feed, peer, inbound.topic, inbound.incarnation, end, repair.retry_ms_first * MS, repair.window_bytes
+                feed, peer, inbound.topic, inbound.incarnation, end, self._first_pull, repair.window_bytes
             )
             if followed.past:
                 followed.far = True
@@ -154,7 +156,7 @@ class Following:
         for followed in self.feeds.values():
             if followed.peer.name == peer.name and followed.incarnation < peer.incarnation:
                 followed.peer, followed.past, followed.unserved = peer, True, True
-                followed.pull_due_ns = 0
+                followed.pulling = followed.pulling.rested()
                 if not followed.far:
                     followed.far, followed.live = True, False
                     self._context.emit(UnfollowFeed(followed.feed))
@@ -283,7 +285,7 @@ class Following:
         peer.bulk_heard_ns = self._context.now
         followed.known = max(followed.known, burst.end)
         if token == followed.token:
-            followed.pull_due_ns = self._context.now + followed.pull_wait_ns
+            followed.pulling = followed.pulling.postponed(self._context.now)
         self._receive(followed, burst)
 
     def on_available(
@@ -309,8 +311,7 @@ class Following:
         ]
         if min(left, default=None) == followed.asked_first:
             return  # nothing came that had room: an immediate pull would have the same answer, without end
-        followed.pull_due_ns = 0
-        followed.pull_wait_ns = self._context.config.repair.retry_ms_first * MS
+        followed.pulling = self._first_pull
         if not left:
             self._come_back(followed)
         self._pull(followed)
@@ -325,12 +326,11 @@ class Following:
 
     def _pull(self, followed: FollowedFeed) -> None:
         now = self._context.now
-        if now < followed.pull_due_ns or followed.peer.is_gone or followed.unserved:
+        pulling = followed.pulling
+        if now < pulling.due_ns or followed.peer.is_gone or followed.unserved:
             return
-        if followed.pull_due_ns and self._is_answering(
-            followed.peer.bulk_heard_ns, followed.pull_due_ns, followed.pull_wait_ns
-        ):
-            followed.pull_due_ns = followed.peer.bulk_heard_ns + followed.pull_wait_ns
+        if pulling.due_ns and self._is_answering(followed.peer.bulk_heard_ns, pulling):
+            followed.pulling = pulling.postponed(followed.peer.bulk_heard_ns)
             self._note(followed)
             return
         target, wanted = self._target(followed), RangeSet()
@@ -338,21 +338,20 @@ class Following:
             for first, end in inbound.missing(target, most=PULL_RANGES_MAX):
                 wanted.add(first, end)
         if not wanted:
-            followed.pull_due_ns = 0
+            followed.pulling = pulling.rested()
             self._come_back(followed)
             self._note(followed)
             return
         left = max(inbound.room.left for inbound in followed.inbounds)
         if left <= 0 and not any(inbound.held for inbound in followed.inbounds):
-            followed.pull_due_ns = 0  # nobody has to wake up for it: what is settled, and each heartbeat, tries again
+            followed.pulling = pulling.rested()  # nobody wakes up for it: what is settled, and heartbeats, try again
             self._starved[followed.feed] = followed
             self._note(followed)
             return
         self._starved.pop(followed.feed, None)
         followed.token += 1
         followed.asked_first, followed.asked_end = next(iter(wanted))[0], wanted.end
-        followed.pull_due_ns = now + followed.pull_wait_ns
-        followed.pull_wait_ns = min(2 * followed.pull_wait_ns, self._context.config.repair.retry_ms_max * MS)
+        followed.pulling = pulling.after(now)
         credit = max(1, min(left, self._window(followed)))
         self._context.counts["pulls"] += 1
         self._context.send(
@@ -371,11 +370,12 @@ class Following:
         return followed.window
 
     def _note(self, followed: FollowedFeed) -> None:
-        if followed.pull_due_ns or not (followed.live or followed.far):
+        pull_ns, join_ns = followed.pulling.due_ns, followed.joining.due_ns
+        if pull_ns or not (followed.live or followed.far):
             self._restless[followed.feed] = followed
-            due_ns = followed.pull_due_ns or followed.join_due_ns
+            due_ns = pull_ns or join_ns
             if not (followed.live or followed.far):
-                due_ns = min(due_ns, followed.join_due_ns)
+                due_ns = min(due_ns, join_ns)
             if not followed.queued_ns or due_ns < followed.queued_ns:
                 followed.queued_ns = due_ns
                 heappush(self._dues, (due_ns, followed.feed))
@@ -395,24 +395,21 @@ class Following:
 
     def _join(self, followed: FollowedFeed) -> None:
         """Ask for a marker; again with the same nonce, for the first answer may only stand behind much data."""
-        followed.join_due_ns = self._context.now + followed.join_wait_ns
-        followed.join_wait_ns = min(2 * followed.join_wait_ns, JOIN_MAX_NS)
+        followed.joining = followed.joining.after(self._context.now)
         self.joining.setdefault(followed.peer.name, []).append((followed.feed, followed.nonce))
         self._note(followed)
 
     def _join_again(self, followed: FollowedFeed) -> None:
-        heard_ns = followed.peer.data_heard_ns
-        if self._is_answering(heard_ns, followed.join_due_ns, followed.join_wait_ns):
-            followed.join_due_ns = self._context.now + followed.join_wait_ns
-            followed.join_wait_ns = min(2 * followed.join_wait_ns, JOIN_MAX_NS)
+        if self._is_answering(followed.peer.data_heard_ns, followed.joining):
+            followed.joining = followed.joining.after(self._context.now)
             self._note(followed)
         else:
             self._join(followed)
 
-    def _is_answering(self, heard_ns: int, due_ns: int, wait_ns: int) -> bool:
+    def _is_answering(self, heard_ns: int, asked: Retry) -> bool:
         """Whether a peer that we asked for much is still at it: then asking again would only make it more."""
         now = self._context.now
-        return now < heard_ns + wait_ns and now < due_ns + self._context.config.repair.retry_ms_max * MS
+        return now < heard_ns + asked.wait_ns and now < asked.due_ns + self._context.config.repair.retry_ms_max * MS
 
     def send_joins(self) -> None:
         """What one event led to join leaves together: many feeds are often named at once."""
@@ -438,7 +435,7 @@ class Following:
             and all(inbound.room.hand * 2 <= inbound.room.hand_max for inbound in followed.inbounds)
         ):
             followed.far = False
-            followed.join_wait_ns = JOIN_FIRST_NS
+            followed.joining = JOIN
             self._context.counts["rejoined"] += 1
             self._listen(followed)
 
@@ -486,7 +483,7 @@ class Following:
             if followed.peer.is_gone:
                 del self._restless[feed]
                 continue
-            if not followed.live and not followed.far and now >= followed.join_due_ns:
+            if not followed.live and not followed.far and now >= followed.joining.due_ns:
                 self._join_again(followed)
             self._pull(followed)
             self._note(followed)

@@ -30,6 +30,10 @@ class Retry(NamedTuple):
         """The next attempt waits as long again, though none is made now."""
         return self._replace(due_ns=now_ns + self.wait_ns)
 
+    def rested(self) -> Retry:
+        """Nothing is under way; the next attempt is made at once."""
+        return self._replace(due_ns=0)
+
     def after(self, now_ns: int, chance: float = 1.0) -> Retry:
         """An attempt is made now. The next is due after `chance` of the wait: drawn from 0 to 1, that is full jitter.
 
@@ -99,12 +103,19 @@ class Breaker:
     """When it came into this state."""
     ticket: int = 0
     """The ticket of those who are admitted in this state."""
+    reason: str = ""
+    """Of the latest failure. Failures of several reasons do not add up."""
+
+    @property
+    def due_ns(self) -> int:
+        """From when on somebody may be let through; 0: always."""
+        return 0 if self.state is BreakerState.CLOSED else self.changed_ns + self.rest_ns
 
     def admit(self, now_ns: int) -> tuple[Breaker, int | None]:
         """The breaker after somebody asked to be let through, and his ticket; None: he is not."""
         if self.state is BreakerState.CLOSED:
             return self, self.ticket
-        if now_ns - self.changed_ns < self.rest_ns:
+        if now_ns < self.due_ns:
             return self, None
         probing = self._become(BreakerState.HALF_OPEN, now_ns)
         return probing, probing.ticket
@@ -117,13 +128,14 @@ class Breaker:
             return self._become(BreakerState.CLOSED, now_ns)
         return replace(self, failures=0) if self.failures else self
 
-    def fail(self, ticket: int, now_ns: int) -> Breaker:
-        """The call with this ticket failed."""
+    def fail(self, ticket: int, now_ns: int, reason: str = "") -> Breaker:
+        """The call with this ticket failed, for a reason; a probe decides whatever the reason is."""
         if ticket != self.ticket or self.state is BreakerState.OPEN:
             return self
-        if self.state is BreakerState.HALF_OPEN or self.failures + 1 >= self.failures_max:
-            return self._become(BreakerState.OPEN, now_ns)
-        return replace(self, failures=self.failures + 1)
+        failures = self.failures + 1 if reason == self.reason else 1
+        if self.state is BreakerState.HALF_OPEN or failures >= self.failures_max:
+            return self._become(BreakerState.OPEN, now_ns, reason)
+        return replace(self, failures=failures, reason=reason)
 
     def give_up(self, ticket: int, now_ns: int) -> Breaker:
         """The call with this ticket ended without an outcome: if it was the probe, the next may be one at once."""
@@ -131,8 +143,8 @@ class Breaker:
             return self
         return self._become(BreakerState.OPEN, now_ns - self.rest_ns)
 
-    def _become(self, state: BreakerState, now_ns: int) -> Breaker:
-        return replace(self, state=state, failures=0, changed_ns=now_ns, ticket=self.ticket + 1)
+    def _become(self, state: BreakerState, now_ns: int, reason: str = "") -> Breaker:
+        return replace(self, state=state, failures=0, changed_ns=now_ns, ticket=self.ticket + 1, reason=reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from fabric.core.events import (
 )
 from fabric.core.fetching import Fetching
 from fabric.core.following import FollowedFeed, Following
+from fabric.core.guards import Retry
 from fabric.core.lanes import InboundFeed
 from fabric.core.members import MS, Context, Members, Peer
 from fabric.core.rooms import Room
@@ -39,7 +40,7 @@ FEEDS_PER_SUBSCRIPTION_MAX = 100_000
 LATER_MAX = 4096
 """Feeds of one topic that wait for the one before; a publisher remembers as many lives."""
 HELLO_POSITIONS_MAX = 4
-REGISTER_FIRST_NS, REGISTER_MAX_NS = 50 * MS, 1000 * MS
+REGISTER = Retry(50 * MS, 1000 * MS)
 
 
 class Subscribing:
@@ -49,9 +50,8 @@ class Subscribing:
         self._context, self._members, self._fetching, self._books = context, members, fetching, books
         self.following = Following(context, fetching, books.touched)
         self.subscriptions: dict[int, Subscription] = {}
-        self._leaving: dict[tuple[str, int], tuple[int, int, bool]] = {}
-        """Closed subscriptions of which a peer has to hear: when to tell it again, the wait after that, and whether
-        they stay owed."""
+        self._leaving: dict[tuple[str, int], tuple[Retry, bool]] = {}
+        """Closed subscriptions of which a peer has to hear: when to tell it again, and whether they stay owed."""
         self.endings = Endings(context, members, fetching, self.following, self.subscriptions, self._retire)
         self._past: Counter[str] = Counter()
         """What became of the records of feeds that are over."""
@@ -86,10 +86,11 @@ class Subscribing:
             if not peer.is_gone:
                 self._leave(peer, number, rests=bool(subscription.name) and not event.forgotten)
 
-    def _leave(self, peer: Peer, number: int, *, rests: bool, wait_ns: int = REGISTER_FIRST_NS) -> None:
+    def _leave(self, peer: Peer, number: int, *, rests: bool, retry: Retry = REGISTER) -> None:
         """Repeated until the publisher says that it does not know this subscription: it would owe it for ever."""
-        self._leaving[peer.name, number] = (self._context.now + wait_ns, min(2 * wait_ns, REGISTER_MAX_NS), rests)
-        self._context.wake_by(self._context.now + wait_ns)
+        again = retry.after(self._context.now)
+        self._leaving[peer.name, number] = again, rests
+        self._context.wake_by(again.due_ns)
         self._context.send(peer.name, Kind.UNREGISTER, number, rests)
 
     def settle(self, event: MessagesSettled) -> None:
@@ -167,8 +168,9 @@ class Subscribing:
         """A member, or a new life of one, is known: its HELLO carries our subscriptions, and it has to confirm them."""
         for subscription in self.subscriptions.values():
             subscription.confirmed.pop(peer.name, None)
-            subscription.asked[peer.name] = (self._context.now + REGISTER_FIRST_NS, REGISTER_FIRST_NS, True)
-            self._context.wake_by(self._context.now + REGISTER_FIRST_NS)
+            soon = REGISTER.postponed(self._context.now)
+            subscription.asked[peer.name] = soon, True
+            self._context.wake_by(soon.due_ns)
             subscription.told.pop(peer.name, None)
         self.following.outlive(peer)
         self.endings.welcome(peer)
@@ -179,7 +181,7 @@ class Subscribing:
         for subscription in self.subscriptions.values():
             asked = subscription.asked.get(peer.name)
             if asked is not None:
-                self._register(subscription, peer, from_start=asked[2])
+                self._register(subscription, peer, from_start=asked[1])
 
     def _miss(self, subscription: Subscription, key: Key) -> None:
         """Lives of a publisher are over before we came to them: what they published is an open gap.
@@ -198,11 +200,10 @@ class Subscribing:
         for key in [key for key in self._leaving if key[0] == peer.name]:
             del self._leaving[key]
 
-    def _register(
-        self, subscription: Subscription, peer: Peer, *, from_start: bool, wait_ns: int = REGISTER_FIRST_NS
-    ) -> None:
-        self._context.wake_by(self._context.now + wait_ns)
-        subscription.asked[peer.name] = (self._context.now + wait_ns, min(2 * wait_ns, REGISTER_MAX_NS), from_start)
+    def _register(self, subscription: Subscription, peer: Peer, *, from_start: bool, retry: Retry = REGISTER) -> None:
+        again = retry.after(self._context.now)
+        self._context.wake_by(again.due_ns)
+        subscription.asked[peer.name] = again, from_start
         self._context.send(peer.name, Kind.REGISTER, *subscription.fields(peer.name, from_start=from_start))
 
     def on_registered(self, peer: Peer, number: int, total: int, feeds: list[list[Any]]) -> None:
@@ -347,10 +348,9 @@ class Subscribing:
         subscription = self.subscriptions.get(number)
         if subscription is not None:
             # From offset 0: what it opened since it forgot us is missed as much as the rest. Also if we ask already.
-            soon = self._context.now + REGISTER_FIRST_NS, REGISTER_FIRST_NS, False
-            due_ns, wait_ns, _ = subscription.asked.get(peer.name, soon)
-            subscription.asked[peer.name] = due_ns, wait_ns, True
-            self._context.wake_by(due_ns)
+            retry, _ = subscription.asked.get(peer.name, (REGISTER.postponed(self._context.now), False))
+            subscription.asked[peer.name] = retry, True
+            self._context.wake_by(retry.due_ns)
 
     def on_heartbeat(self, peer: Peer, feeds: list[tuple[int, int]]) -> None:
         """Feeds that we have not acknowledged to their end; one that we do not know means that its naming was lost."""
@@ -364,7 +364,7 @@ class Subscribing:
                 row.feed == feed for rows in subscription.later.values() for row in rows.values()
             )
             if peer.name not in subscription.asked and not known:
-                subscription.asked[peer.name] = (self._context.now, REGISTER_FIRST_NS, True)
+                subscription.asked[peer.name] = REGISTER._replace(due_ns=self._context.now), True
                 self._context.wake_by(self._context.now)
 
     # Ends.
@@ -435,22 +435,22 @@ class Subscribing:
         now = self._context.now
         for subscription in self.subscriptions.values():
             self._ask_to_confirm(subscription)
-        for (name, number), (due_ns, wait_ns, rests) in list(self._leaving.items()):
-            if now >= due_ns:
-                self._leave(self._members.by_name[name], number, rests=rests, wait_ns=wait_ns)
+        for (name, number), (retry, rests) in list(self._leaving.items()):
+            if now >= retry.due_ns:
+                self._leave(self._members.by_name[name], number, rests=rests, retry=retry)
         self.endings.tick()
         self.following.tick()
 
     def _ask_to_confirm(self, subscription: Subscription) -> None:
-        for name, (due_ns, wait_ns, from_start) in list(subscription.asked.items()):
+        for name, (retry, from_start) in list(subscription.asked.items()):
             peer = self._members.by_name[name]
-            if self._context.now >= due_ns and not peer.is_gone:
-                self._register(subscription, peer, from_start=from_start, wait_ns=wait_ns)
+            if self._context.now >= retry.due_ns and not peer.is_gone:
+                self._register(subscription, peer, from_start=from_start, retry=retry)
 
     def next_deadline_ns(self) -> int | None:
         """When something has to be repeated or acknowledged."""
-        dues = [due for subscription in self.subscriptions.values() for due, _, _ in subscription.asked.values()]
-        dues += [due for due, _, _ in self._leaving.values()]
+        asked = [retry for subscription in self.subscriptions.values() for retry, _ in subscription.asked.values()]
+        dues = [retry.due_ns for retry in (*asked, *(retry for retry, _ in self._leaving.values()))]
         dues += self.endings.dues_ns()
         due_ns = self.following.next_deadline_ns()
         return min(dues if due_ns is None else [*dues, due_ns], default=None)

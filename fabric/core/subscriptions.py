@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 from fabric.config import Delivery, Policy
 from fabric.core.cursors import Cursor, Place
 from fabric.core.events import SubscriptionOpened
+from fabric.core.guards import Retry
 from fabric.core.lanes import InboundFeed
 from fabric.core.rooms import Room
 from fabric.core.wire import feed_id
@@ -87,8 +88,8 @@ class Subscription:
         self.confirmed: dict[str, int] = {}
         self.told: dict[str, set[int]] = {}
         """The feeds that each peer has named since we last met it."""
-        self.asked: dict[str, tuple[int, int, bool]] = {}
-        """Peers that have not confirmed: when to ask again, the wait after that, whether to begin at offset 0."""
+        self.asked: dict[str, tuple[Retry, bool]] = {}
+        """Peers that have not confirmed: when to ask again, and whether to begin at offset 0."""
         self.places: dict[Key, Place] = dict(event.cursor or {})
         """Where we stand in what is not followed: the application's cursor at first, later what is settled."""
         self.ended: dict[Key, int] = {}

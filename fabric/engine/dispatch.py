@@ -20,9 +20,10 @@ import msgpack
 
 from fabric.config import Handlers
 from fabric.core import events
+from fabric.core.guards import Breaker, BreakerState
 from fabric.core.wire import ADDRESSED, TOMBSTONE, Drop, checksum_of, encode_descriptor
-from fabric.engine.fuse import Fuse
-from fabric.engine.inbox import Hand, Inbox
+from fabric.engine.handler import Handler, Job
+from fabric.engine.inbox import Inbox
 from fabric.engine.letter_forms import Burial
 from fabric.errors import FabricError, PayloadError
 from fabric.message import Message, RedrivenFeed, Request, TriedMessage
@@ -33,31 +34,16 @@ from fabric.storage.letter_rows import LetterKey
 if TYPE_CHECKING:
     from fabric.engine.loop import Engine
 
-__all__ = ["Dispatcher", "Handler", "Job", "Lane", "pack_value"]
+__all__ = ["Dispatcher", "pack_value"]
 
 log = logging.getLogger("fabric.handlers")
 
 MS, S = 1_000_000, 1_000_000_000
 GRACE_NS = 2_000 * MS
 """A request may be sooner than the responder of a member that has just joined; it waits so long for it."""
-RETRY_FIRST_NS = 100 * MS
-"""A handler that raised is tried again after this, then after twice as long each time (reliability notes, section
-4.11)."""
 FAILURE_TEXT_MAX = 2048
 INLINE_BYTES_MAX = 64 * 1024
 """Values of requests and replies below this size travel in their frame."""
-
-
-Lane = tuple[str, str, int]
-"""Source, topic and seed."""
-
-
-class Job(NamedTuple):
-    """A message to be handled, and its place in a hand."""
-
-    message: TriedMessage
-    hand: Hand
-    position: int
 
 
 class Buried(NamedTuple):
@@ -67,50 +53,6 @@ class Buried(NamedTuple):
     job: Job
     why: Burial
     leads: bool
-
-
-class Handler:
-    """One function on one pattern.
-
-    `name`: what its letters are kept under. `blocked`: lanes whose first message runs, waits for its next attempt, or
-    becomes a letter just now.
-    """
-
-    __slots__ = (
-        "attempts",
-        "blocked",
-        "function",
-        "fuse",
-        "hand",
-        "inbox",
-        "name",
-        "parks",
-        "position",
-        "retries",
-    )
-
-    def __init__(
-        self, function: Callable[[Message], object], inbox: Inbox, name: str, attempts: int, *, parks: bool, fuse: Fuse
-    ) -> None:
-        self.function, self.inbox, self.name, self.attempts = function, inbox, name, attempts
-        self.parks, self.fuse = parks, fuse
-        self.blocked: dict[Lane, deque[Job]] = {}
-        self.retries: list[tuple[int, int, Lane]] = []
-        self.hand: Hand | None = None
-        self.position = 0
-
-    def due_ns(self) -> int | None:
-        """When the next attempt is due, or the fuse is whole again."""
-        due_ns = self.retries[0][0] if self.retries else None
-        if self.fuse.until_ns and (self.hand is not None or self.inbox.items or due_ns is not None):
-            return max(due_ns or 0, self.fuse.until_ns)
-        return due_ns
-
-    def has_work(self, now: int) -> bool:
-        """Whether there is something to run now."""
-        if now < self.fuse.until_ns:
-            return False
-        return self.hand is not None or bool(self.inbox.items) or bool(self.retries and self.retries[0][0] <= now)
 
 
 class Dispatcher:
@@ -141,9 +83,10 @@ class Dispatcher:
         self, function: Callable[[Message], object], inbox: Inbox, name: str, attempts: int, *, parks: bool
     ) -> None:
         """Run a function for each message of an inbox. `name`: as `Letters.claim` gave it."""
-        fuse = Fuse(self.engine.config.letters)
+        limits = self.engine.config.letters
+        breaker = Breaker(limits.same_reason_max, int(limits.pause_s * S))
         self.engine.letters.bind(name, inbox)
-        self._handlers.append(Handler(function, inbox, name, attempts, parks=parks, fuse=fuse))
+        self._handlers.append(Handler(function, inbox, name, attempts, parks=parks, breaker=breaker))
         self._start()
 
     def respond(self, method: str, function: Callable[[Request], Any]) -> None:
@@ -207,7 +150,9 @@ class Dispatcher:
         now = self.engine.clock()
         if self._unclaimed and self._unclaimed[0][0] <= now:
             return True
-        return self.engine.letters.is_ready and any(handler.has_work(now) for handler in self._handlers)
+        letters = self.engine.letters
+        room = letters.room(parked=True)
+        return letters.is_ready and any(handler.has_work(now, room) for handler in self._handlers)
 
     def due_ns(self) -> int | None:
         """When the next attempt of a failed message is due."""
@@ -235,9 +180,12 @@ class Dispatcher:
         if not self.engine.letters.is_ready:
             return False
         now = self.engine.clock()
-        return any(
-            self._retry(handler) or self._advance(handler) for handler in self._handlers if now >= handler.fuse.until_ns
-        )
+        for handler in self._handlers:
+            if now >= handler.breaker.due_ns:
+                self._go_on(handler, now)
+                if self._retry(handler) or self._advance(handler):
+                    return True
+        return False
 
     def _claim_late(self) -> None:
         """Requests that waited in vain for a responder are answered, too: that there is none."""
@@ -312,13 +260,14 @@ class Dispatcher:
         self.engine.push()
         return True
 
-    def _try_again_later(self, handler: Handler, lane: Lane, message: Message) -> None:
-        due_ns = self.engine.clock() + RETRY_FIRST_NS * 2 ** (message.attempt - 2)
-        heappush(handler.retries, (due_ns, next(self._order), lane))
+    def _try_again_later(self, handler: Handler, message: TriedMessage) -> None:
+        message.attempt += 1
+        message.retry = message.retry.after(self.engine.clock())
+        heappush(handler.retries, (message.retry.due_ns, next(self._order), message.lane))
 
     def _attempt(self, handler: Handler, job: Job) -> bool:
         """Whether the lane goes on: the message is settled, or will be whatever the lane does. Else it waits."""
-        admitted = None if self.engine.letters.is_idle else self._admit(handler, job)
+        admitted = self._admit(handler, job)
         if admitted is not None:
             return admitted
         return self._settle(handler, job, self._run_handler(handler.function, job.message)[1])
@@ -332,14 +281,34 @@ class Dispatcher:
 
     def _admit(self, handler: Handler, job: Job) -> bool | None:
         """None if the handler is to run now; else whether the lane goes on without that."""
+        breaker = handler.breaker
+        ticket: int | None = breaker.ticket
+        if breaker.due_ns:  # fast path: a closed breaker needs no clock
+            breaker, ticket = breaker.admit(self.engine.clock())
+        if ticket is None:
+            handler.crowded.append(job.message.lane)
+            return False
+        admitted = None if self.engine.letters.is_idle else self._look_up(handler, job)
+        if admitted is None:
+            handler.breaker, job.message.ticket = breaker, ticket
+        return admitted
+
+    def _look_up(self, handler: Handler, job: Job) -> bool | None:
+        """As `_admit`, after what is known of letters."""
         message, letters = job.message, self.engine.letters
         key = _key(handler, message)
         if type(message._feed) is not RedrivenFeed:
-            known = letters.earlier.get(key)
-            if known is not None:  # a record that has a letter is not handled again
-                job.hand.settle_one(job.position, known)
+            is_known, reason = letters.known.drop_of(key)
+            if is_known:  # a record that is, or was, a letter is not handled again
+                self.engine.counts["letters_known"] += 1
+                self._forget(handler, message)
+                job.hand.settle_one(job.position, reason)
                 return True
-            if handler.parks and letters.is_parked(handler.name, message.lane):
+            is_parked = handler.parks and letters.is_parked(handler.name, message.lane[:3])
+            if letters.room(parked=is_parked) <= 0:
+                handler.crowded.append(message.lane)
+                return False
+            if is_parked:
                 self._bury(handler, job, Burial(Drop.PARKED, "it waits for those before it", 0, True), leads=False)
                 return True
         page = letters.page
@@ -356,22 +325,34 @@ class Dispatcher:
         """Whether the message is settled, after its handler ran. Otherwise it is tried again, or becomes a letter."""
         message, hand, position = job
         if error is None:
-            handler.fuse.hold()
-            self._forget(handler, message)
+            if handler.breaker.failures or handler.breaker.due_ns:
+                self._note_outcome(handler, handler.breaker.succeed(message.ticket, self.engine.clock()))
+            if type(message._feed) is not RedrivenFeed:  # of those the page has to know until the store does
+                self._forget(handler, message)
             hand.settle_one(position)
             return True
         reason = _reason_of(message)
         if reason is None and message.attempt < handler.attempts:
-            message.attempt += 1
-            self._try_again_later(handler, message.lane, message)
+            handler.breaker = handler.breaker.give_up(message.ticket, self.engine.clock())
+            self._try_again_later(handler, message)
             return False
         reason, kind = reason or Drop.HANDLER_EXHAUSTED, type(error).__name__
-        if handler.fuse.burn(f"{reason}: {kind}", self.engine.clock()):
-            self.engine.counts["handlers_paused"] += 1
-            pause_s = self.engine.config.letters.pause_s
-            log.error("all messages of %s die of %s: it pauses for %g s", handler.name, kind, pause_s)
+        failed = handler.breaker.fail(message.ticket, self.engine.clock(), f"{reason}: {kind}")
+        self._note_outcome(handler, failed)
         why = Burial(reason, f"{kind}: {error}"[:FAILURE_TEXT_MAX], message.attempt, handler.parks)
         return self._give_up(handler, job, why)
+
+    def _note_outcome(self, handler: Handler, breaker: Breaker) -> None:
+        """The breaker after an outcome; it says so when it opens or closes."""
+        before, handler.breaker = handler.breaker.state, breaker
+        if breaker.state is before:
+            return
+        if breaker.state is BreakerState.OPEN:
+            self.engine.counts["handlers_paused"] += 1
+            pause_s = self.engine.config.letters.pause_s
+            log.error("all messages of %s die, %s: it pauses for %g s", handler.name, breaker.reason, pause_s)
+        else:
+            log.warning("a message of %s was handled: it goes on", handler.name)
 
     def _give_up(self, handler: Handler, job: Job, why: Burial) -> bool:
         """It is a letter from now on, or still one; whether that is written already."""
@@ -407,6 +388,12 @@ class Dispatcher:
                 heappush(handler.retries, (self.engine.clock(), next(self._order), message.lane))
             if not self._buried:
                 self.engine.push()
+
+    def _go_on(self, handler: Handler, now: int) -> None:
+        """As many lanes try again as there is room for letters."""
+        room = self.engine.letters.room(parked=True)
+        for _ in range(min(room, len(handler.crowded))):
+            heappush(handler.retries, (now, next(self._order), handler.crowded.popleft()))
 
     def _forget(self, handler: Handler, message: Message) -> None:
         """It is out of the hand."""

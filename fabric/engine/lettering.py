@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 __all__ = [
     "ChangeLetter",
     "Desk",
+    "EndLetter",
     "LetterKeeper",
     "LetterWish",
     "LoadLetters",
     "ReadLetters",
-    "RemoveLetter",
     "WriteLetter",
 ]
 
@@ -57,11 +57,12 @@ class ChangeLetter(LetterWish):
     attempts: int
 
 
-@dataclass(frozen=True, slots=True)
-class RemoveLetter(LetterWish):
-    """A letter is handled, or given up."""
+@dataclass(frozen=True, slots=True, eq=False)
+class EndLetter(LetterWish):
+    """A letter is over, for its reason: handled, or given up. `then` is called once that is written."""
 
-    number: int
+    letter: LetterRow
+    then: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,8 +83,9 @@ class LoadLetters(LetterWish):
 class LetterKeeper:
     """Does what is asked for with the store, which begins with the first wish. Not thread-safe.
 
-    `open_store` is called where it is used; `open_page` too, if letters outlive this process. `damaged` is told of
-    every damage, and which letters it took; `refused` why a write waits, and None when writes are taken again.
+    `open_store` is called where it is used; `open_page` too, if letters outlive this process. `remembers`: whether a
+    store without letters is kept for the sake of those that were. `damaged` is told of every damage, and which letters
+    it took; `refused` why a write waits, and None when writes are taken again.
     """
 
     def __init__(
@@ -92,7 +94,9 @@ class LetterKeeper:
         clock: Callable[[], int],
         *,
         open_page: Callable[[], HandPage] | None = None,
+        remembers: bool = True,
     ) -> None:
+        self._remembers = remembers
         self._open_store, self._open_page, self._clock = open_store, open_page, clock
         self._store: DeadLetterStore | None = None
         self._waiting: list[LetterWish] = []
@@ -170,8 +174,8 @@ class LetterKeeper:
                         continue
                 elif isinstance(wish, ChangeLetter):
                     self._change(store, wish)
-                elif isinstance(wish, RemoveLetter):
-                    store.remove(wish.number)
+                elif isinstance(wish, EndLetter):
+                    store.end(wish.letter)
                 done.add(at)
         return done, refusal
 
@@ -195,7 +199,7 @@ class LetterKeeper:
         self.refused(refusal)
 
     def _answer(self, wish: LetterWish) -> None:
-        if isinstance(wish, WriteLetter):
+        if isinstance(wish, WriteLetter | EndLetter):
             wish.then()
         elif isinstance(wish, ReadLetters):
             wish.then([self._read(number) for number in wish.numbers])
@@ -233,7 +237,7 @@ class LetterKeeper:
         self._waiting.clear()
         if store is None:
             return
-        if self._open_page is not None and len(store):
+        if self._open_page is not None and (len(store) or (self._remembers and store.remembered)):
             store.close()
             return
         if len(store):

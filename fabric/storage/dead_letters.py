@@ -20,6 +20,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from fabric.config import Letters
@@ -32,7 +33,7 @@ from fabric.errors import (
     LetterStoreLockedError,
 )
 from fabric.storage.disk import OS_DISK, Directory, DiskFile
-from fabric.storage.letter_rows import COLUMNS, LETTERS_LOCK, SCHEMA, LetterRow, from_row, to_row
+from fabric.storage.letter_rows import COLUMNS, KEY, LETTERS_LOCK, OVERHEAD_BYTES, SCHEMA, LetterRow, from_row, to_row
 from fabric.storage.salvage import PAGE_BYTES, is_head_sound, rows_in
 
 __all__ = ["ASIDE", "DATABASE", "DeadLetterStore"]
@@ -43,6 +44,8 @@ DATABASE, NEW, ASIDE = "letters.db", "letters.new", "letters.damaged"
 _JOURNAL = "-journal"
 _SELECT = f'SELECT {", ".join(COLUMNS[:-1])}, "sum" FROM letters'
 _INSERT = f"INSERT OR IGNORE INTO letters VALUES ({', '.join('?' * len(COLUMNS))})"
+_KEY_AT = tuple(COLUMNS.index(name) for name in KEY)
+_FIND_OVER = f"SELECT id FROM letters WHERE kind = 'over' AND {' AND '.join(f'{name} = ?' for name in KEY)}"
 
 
 class DeadLetterStore:
@@ -55,10 +58,12 @@ class DeadLetterStore:
         self._thread = threading.get_ident()
         self._sizes: dict[int, int] = {}
         self._notices: dict[int, None] = {}
-        self._undo: list[tuple[int, int | None, bool]] = []
-        """What this transaction has changed: of each row the size before, and whether it was a notice."""
+        self._over: dict[int, None] = {}
+        """Rows of letters that were handled or given up, oldest first: no letters any more, and in no count."""
+        self._undo: list[tuple[int, int | None, str]] = []
+        """What this transaction has changed: of each row the size before, and its kind."""
         self.bytes = 0
-        """Of all rows, as `LetterRow.bytes` counts them."""
+        """Of all letters and notices, as `LetterRow.bytes` counts them."""
         self.damages = 0
         """How often damage was found."""
         self.notices_dropped = 0
@@ -94,6 +99,11 @@ class DeadLetterStore:
     def __len__(self) -> int:
         return len(self._sizes) - len(self._notices)
 
+    @property
+    def remembered(self) -> int:
+        """How many letters that are over are still remembered."""
+        return len(self._over)
+
     # Opening.
 
     def _begin(self) -> None:
@@ -121,7 +131,8 @@ class DeadLetterStore:
     def _connect(self, where: str) -> sqlite3.Connection:
         connection = sqlite3.connect(where, isolation_level=None, timeout=0.0)
         level = "FULL" if self._durable else "OFF"
-        pages = self._limits.bytes_max * 5 // 4 // PAGE_BYTES + 64
+        limits = self._limits
+        pages = (limits.bytes_max + limits.remembered_max * OVERHEAD_BYTES) * 5 // 4 // PAGE_BYTES + 64
         try:
             for pragma in (
                 f"page_size = {PAGE_BYTES}",
@@ -157,15 +168,15 @@ class DeadLetterStore:
 
     def _count(self, connection: sqlite3.Connection) -> None:
         sizes: dict[int, int] = {}
-        notices: dict[int, None] = {}
+        kinds: dict[str, dict[int, None]] = {"letter": {}, "notice": {}, "over": {}}
         for row in connection.execute(f"{_SELECT} ORDER BY id"):
             letter = from_row(row)
             if letter is None:
                 raise self._damaged(f"letter {row[0]} is not what was written")
-            sizes[letter.id] = letter.bytes
-            if letter.kind == "notice":
-                notices[letter.id] = None
-        self._sizes, self._notices, self.bytes = sizes, notices, sum(sizes.values())
+            kinds[letter.kind][letter.id] = None
+            if letter.kind != "over":
+                sizes[letter.id] = letter.bytes
+        self._sizes, self._notices, self._over, self.bytes = sizes, kinds["notice"], kinds["over"], sum(sizes.values())
 
     # Damage.
 
@@ -232,8 +243,8 @@ class DeadLetterStore:
             with self._translated():
                 connection.execute("COMMIT")
         except BaseException:
-            for number, size, is_notice in [*reversed(self._undo)]:
-                self._take(number, size, is_notice=is_notice)
+            for number, size, kind in [*reversed(self._undo)]:
+                self._take(number, size, kind)
             if self._connection is connection:  # not in a forked child, where it is the parent's
                 with contextlib.suppress(sqlite3.Error):  # the first error counts; a broken connection has none open
                     connection.execute("ROLLBACK")
@@ -266,21 +277,35 @@ class DeadLetterStore:
         if letter.kind == "notice":
             self._make_room_for_notice()
         with self._translated():
-            done = connection.execute(_INSERT, to_row(letter)).rowcount
+            done = connection.execute(_INSERT, to_row(letter)).rowcount or self._supersede(connection, letter)
         if done:
-            self._take(letter.id, letter.bytes, is_notice=letter.kind == "notice")
+            self._take(letter.id, letter.bytes, letter.kind)
         return bool(done)
 
-    def _take(self, number: int, size: int | None, *, is_notice: bool) -> int | None:
+    def _supersede(self, connection: sqlite3.Connection, letter: LetterRow) -> int:
+        """A record is a letter again after its first one was over: that one is forgotten."""
+        row = to_row(letter)
+        key = [row[at] for at in _KEY_AT]
+        found = connection.execute(_FIND_OVER, key).fetchone()
+        if found is None:
+            return 0
+        self.remove(found[0])
+        return connection.execute(_INSERT, row).rowcount
+
+    def _take(self, number: int, size: int | None, kind: str) -> int | None:
         """Count a row as so large, or as none; what it was before."""
         before = self._sizes.pop(number, None)
-        self._undo.append((number, before, number in self._notices))
+        was = "notice" if number in self._notices else "over" if number in self._over else "letter"
+        self._undo.append((number, before, was))
         self._notices.pop(number, None)
+        self._over.pop(number, None)
         self.bytes += (size or 0) - (before or 0)
         if size is not None:
             self._sizes[number] = size
-            if is_notice:
-                self._notices[number] = None
+        if kind == "over":
+            self._over[number] = None
+        elif kind == "notice" and size is not None:
+            self._notices[number] = None
         return before
 
     def _make_room_for_notice(self) -> None:
@@ -296,13 +321,28 @@ class DeadLetterStore:
         if self.remove(letter.id):
             with self._translated():
                 self._ready().execute(_INSERT, to_row(letter))
-            self._take(letter.id, letter.bytes, is_notice=letter.kind == "notice")
+            self._take(letter.id, letter.bytes, letter.kind)
+
+    def end(self, letter: LetterRow) -> None:
+        """A letter is over, for its `reason`. One that is gone stays gone. Raises `LetterStoreError`s.
+
+        Where letters outlive their process its row stays, without its value, so that the next life does not handle its
+        record again; beyond `remembered_max` of them the oldest is forgotten.
+        """
+        if not self.remove(letter.id) or not self._durable:
+            return
+        over = replace(letter, kind="over", detail="", metadata=b"", value=b"")
+        with self._translated():
+            self._ready().execute(_INSERT, to_row(over))
+        self._take(letter.id, None, "over")
+        while len(self._over) > self._limits.remembered_max:
+            self.remove(next(iter(self._over)))
 
     def remove(self, number: int) -> bool:
         """Let a letter go; whether it was there. Raises `LetterStoreError`s."""
         with self._translated():
             self._ready().execute("DELETE FROM letters WHERE id = ?", (number,))
-        return self._take(number, None, is_notice=False) is not None
+        return self._take(number, None, "letter") is not None
 
     # Reading.
 

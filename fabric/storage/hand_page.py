@@ -3,6 +3,9 @@
 A record is noted before its handler starts. The kernel keeps the page when the process is killed, so the next life
 knows which records were in hand, and how often: one that kills its process again and again is counted. Nothing is
 synced: it survives the process, not the host, whose loss of power is no message's fault.
+
+A letter that was handled is noted, too, until its store has written that it is over: who is killed between the two does
+not handle it again.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import logging
 import mmap
 import os
 import struct
+import threading
 from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
@@ -28,7 +32,7 @@ SLOTS = 1023
 """Records in hand at once, those included that waited for another attempt when their process died."""
 _HEAD = b"tensor-fabric: in hand, form 1\0\0"
 _SLOT = struct.Struct("<QIIQ8x")
-"""Key, attempts, nothing, checksum."""
+"""Key, attempts, whether it was handled, checksum."""
 _NOTED = struct.Struct("<QII")
 _EMPTY = bytes(_SLOT.size)
 _BYTES = len(_HEAD) + SLOTS * _SLOT.size
@@ -43,6 +47,10 @@ class HandPage:
         self._free: list[int] = []
         self.suspects: dict[int, int] = {}
         """Attempts by key of what an earlier life had in hand when it ended, and this one has not settled."""
+        self.finished: set[int] = set()
+        """Keys of letters that were handled, and of which no store has said yet that it knows."""
+        self._lock = threading.Lock()
+        """Handlers note, subscriptions finish, and the storage thread forgets."""
         self.overflows = 0
         """Records that were not noted, because more were in hand than there are slots."""
 
@@ -71,40 +79,61 @@ class HandPage:
         damaged = 0
         for at in range(len(_HEAD), _BYTES, _SLOT.size):
             slot = page[at : at + _SLOT.size]
-            key, attempts, _, checksum = _SLOT.unpack(slot)
+            key, attempts, handled, checksum = _SLOT.unpack(slot)
             if slot != _EMPTY and (checksum != xxh3_64_intdigest(slot[: _NOTED.size]) or key in self._slots):
                 damaged += 1
                 page[at : at + _SLOT.size] = slot = _EMPTY
             if slot == _EMPTY:
                 self._free.append(at)
+                continue
+            self._slots[key] = at
+            if handled:
+                self.finished.add(key)
             else:
-                self._slots[key], self.suspects[key] = at, attempts
+                self.suspects[key] = attempts
         if damaged:
             log.error("%d records that were in hand in %s cannot be read: they are not counted", damaged, where)
 
     def note(self, key: int, attempts: int) -> None:
         """This attempt of a record begins."""
+        with self._lock:
+            self._write(key, attempts, handled=0)
+
+    def finish(self, key: int) -> None:
+        """This letter was handled: until it is forgotten, that outlives the process."""
+        with self._lock:
+            self.suspects.pop(key, None)
+            if self._write(key, 0, handled=1):
+                self.finished.add(key)
+
+    def _write(self, key: int, attempts: int, *, handled: int) -> bool:
         at = self._slots.get(key)
         if at is None:
             if not (self._free or self._forget_one()):
                 self.overflows += 1
-                return
+                return False
             at = self._slots[key] = self._free.pop()
         if self._map is not None:
-            noted = _NOTED.pack(key, attempts, 0)
-            _SLOT.pack_into(self._map, at, key, attempts, 0, xxh3_64_intdigest(noted))
+            noted = _NOTED.pack(key, attempts, handled)
+            _SLOT.pack_into(self._map, at, key, attempts, handled, xxh3_64_intdigest(noted))
+        return True
 
     def _forget_one(self) -> bool:
         """Make room: the suspect with the fewest attempts has most of them left."""
         if not self.suspects:
             return False
-        self.forget(min(self.suspects, key=self.suspects.__getitem__))
+        self._free_slot(min(self.suspects, key=self.suspects.__getitem__))
         return True
 
     def forget(self, key: int) -> None:
-        """The record is settled."""
+        """The record is settled, or the store knows that the letter was handled."""
+        with self._lock:
+            self._free_slot(key)
+
+    def _free_slot(self, key: int) -> None:
         at = self._slots.pop(key, None)
         self.suspects.pop(key, None)
+        self.finished.discard(key)
         if at is not None:
             self._free.append(at)
             if self._map is not None:
@@ -112,11 +141,14 @@ class HandPage:
 
     def begin(self, key: int) -> int:
         """How often an earlier life had this record in hand when it died. It is no suspect any more, but noted."""
-        return self.suspects.pop(key, 0) if self.suspects else 0
+        if not self.suspects:
+            return 0
+        with self._lock:
+            return self.suspects.pop(key, 0)
 
     def clear(self) -> None:
         """Forget all that this life had in hand: it ends well. What an earlier one left stays suspect."""
-        for key in self._slots.keys() - self.suspects.keys():
+        for key in self._slots.keys() - self.suspects.keys() - self.finished:
             self.forget(key)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 from xxhash import xxh3_64_intdigest
 
-__all__ = ["COLUMNS", "LETTERS_LOCK", "OVERHEAD_BYTES", "SCHEMA", "LetterKey", "LetterRow", "from_row", "to_row"]
+__all__ = ["COLUMNS", "KEY", "LETTERS_LOCK", "OVERHEAD_BYTES", "SCHEMA", "LetterKey", "LetterRow", "from_row", "to_row"]
 
 LETTERS_LOCK = "letters.lock"
 """Held by who has the store; who sweeps looks for it, and needs no SQLite."""
@@ -23,12 +23,12 @@ _TOP = 1 << 63
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LetterRow:
-    """One letter, or a notice of records that were lost without one."""
+    """One letter, what is remembered of one, or a notice of records that were lost without one."""
 
     id: int
     """Ascending in the order of burial."""
     kind: str
-    """`letter` or `notice`."""
+    """`letter`; `notice`; or `over`: it was a letter, and is remembered without its value."""
     subscription: str
     """The pattern of its handler or subscription; those after the first with this pattern have a number behind it."""
     source: str
@@ -43,6 +43,7 @@ class LetterRow:
     end: int
     """The offset behind it; -1 in a notice if nobody knows how far it goes."""
     reason: str
+    """Why it is a letter; of one that is over what its record counts as: `handled`, or why it was a letter."""
     detail: str
     attempts: int
     parked: bool
@@ -78,7 +79,8 @@ _VALUES = attrgetter(*COLUMNS[:-1])
 _TYPES = {"str": "TEXT", "bytes": "BLOB"}
 _UNSIGNED = tuple(COLUMNS.index(name) for name in ("incarnation", "checksum"))
 _PARKED = COLUMNS.index("parked")
-_KEY = "subscription, source, incarnation, topic, first"
+KEY = ("subscription", "source", "incarnation", "topic", "first")
+"""The columns of `LetterRow.key`."""
 
 
 def _declare(name: str, kind: str) -> str:
@@ -88,7 +90,7 @@ def _declare(name: str, kind: str) -> str:
 SCHEMA = (
     "CREATE TABLE letters ("
     + ", ".join(_declare(column.name, str(column.type)) for column in fields(LetterRow))
-    + f', "sum" INTEGER NOT NULL, UNIQUE ({_KEY}))'
+    + f', "sum" INTEGER NOT NULL, UNIQUE ({", ".join(KEY)}))'
 )
 """The one table. Its text is compared when a store is opened: a damaged schema is damage."""
 

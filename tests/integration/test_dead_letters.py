@@ -206,6 +206,64 @@ async def test_a_full_store_takes_none_and_only_the_lane_waits(face: Any, a: Any
     assert picky.seen[-1] == (2, 21, False)
 
 
+CROWDED = replace(DEFAULT, letters=Letters(rows_max=1, waiting_max=4))
+
+
+@played(config=CROWDED)
+async def test_a_full_store_bounds_what_waits_for_it_and_loses_nothing(face: Any, a: Any, b: Any) -> None:
+    picky = Picky(0)
+    b.on("t", attempts=1, exhausted="park")(picky)
+    publisher = a.publisher("t")
+    await publisher.wait_for_subscribers(1)
+    for value in range(20):
+        await publisher.publish(value, seed=0)
+    for value in range(100, 105):
+        await publisher.publish(value, seed=value)
+    await face.until(lambda: len(picky.seen) == 5 and b.dead_letters.waiting == 2)
+    await face.until(lambda: b.dead_letters.error is not None)
+    assert (len(b.dead_letters), b.statistics()["letters_waiting"]) == (1, 2)
+    assert sorted(value for _, value, _ in picky.seen) == list(range(100, 105)), "other lanes go on"
+    picky.bad = set()
+    b.dead_letters.redrive(b.dead_letters[0])
+    await publisher.flush(timeout_s=20)
+    await face.until(lambda: not len(b.dead_letters))
+    assert [value for seed, value, _ in picky.seen if seed == 0] == list(range(20))
+    assert (b.dead_letters.waiting, b.dead_letters.error) == (0, None)
+
+
+@played(config=replace(DEFAULT, letters=Letters(rows_max=1, waiting_max=1)))
+async def test_where_no_more_letters_may_wait_nothing_runs_that_could_become_one(face: Any, a: Any, b: Any) -> None:
+    picky = Picky("all")
+    b.on("t", attempts=1)(picky)
+    publisher = a.publisher("t")
+    await publisher.wait_for_subscribers(1)
+    for value in range(6):
+        await publisher.publish(value, seed=value)
+    await face.until(lambda: b.dead_letters.error is not None)
+    assert (len(b.dead_letters), b.dead_letters.waiting) == (1, 1)
+    picky.bad = set()
+    assert b.dead_letters.redrive(b.dead_letters).queued
+    await face.until(lambda: len(picky.seen) == 5)
+    await publisher.flush(timeout_s=20)
+    assert [*sorted(value for _, value, _ in picky.seen), b.dead_letters[0].seed] == [0, 2, 3, 4, 5, 1]
+
+
+@played(config=replace(DEFAULT, letters=Letters(rows_max=1)))
+async def test_a_letter_comes_again_though_its_lane_waits_for_room(face: Any, a: Any, b: Any) -> None:
+    picky = Picky(0, 1)
+    b.on("t", attempts=1)(picky)
+    publisher = a.publisher("t")
+    await publisher.wait_for_subscribers(1)
+    for value in range(3):
+        await publisher.publish(value)
+    await face.until(lambda: b.dead_letters.error is not None)
+    picky.bad = set()
+    b.dead_letters.redrive(b.dead_letters)
+    await publisher.flush(timeout_s=20)
+    assert [value for _, value, _ in picky.seen] == [0, 2]
+    assert [letter.sequence for letter in b.dead_letters] == [1]
+
+
 @played()
 async def test_a_parked_lane_waits_and_comes_again_in_order(face: Any, a: Any, b: Any) -> None:
     picky = Picky(1)
@@ -267,6 +325,40 @@ async def test_a_handler_for_which_all_dies_of_one_reason_pauses(face: Any, a: A
     picky.bad = set()
     await publisher.flush(timeout_s=20)
     assert len(b.dead_letters) + len(picky.seen) == 20 and len(b.dead_letters) <= 4
+
+
+@played(config=replace(DEFAULT, letters=Letters(same_reason_max=3, pause_s=0.1)))
+async def test_after_a_pause_one_message_decides_and_the_log_says_so(face: Any, a: Any, b: Any) -> None:
+    records: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = records.append  # type: ignore[method-assign]
+    log = logging.getLogger("fabric.handlers")
+    log.addHandler(listener)
+    running: list[int] = []
+    failing = [True]
+
+    @b.on("t", attempts=1)
+    async def handle(message: Any) -> None:
+        running.append(message.value)
+        if failing:
+            raise ValueError
+
+    publisher = a.publisher("t")
+    await publisher.wait_for_subscribers(1)
+    for value in range(60):
+        if value == 3:
+            await face.until(lambda: b.statistics().get("handlers_paused") == 1)
+        await publisher.publish(value, seed=value)
+    await face.until(lambda: b.statistics()["handlers_paused"] >= 3)
+    paused = b.statistics()["handlers_paused"]
+    assert len(running) <= 3 + paused, "of each pause one message is the probe"
+    failing.clear()
+    await publisher.flush(timeout_s=20)
+    assert sorted(running) == list(range(60)), "each of them ran once"
+    log.removeHandler(listener)
+    texts = [record.getMessage() for record in records]
+    assert any("die" in text and "ValueError: it pauses" in text for text in texts)
+    assert any("it goes on" in text for text in texts)
 
 
 @played()

@@ -15,6 +15,7 @@ from fabric.core import subscriptions
 from fabric.core.events import Deliver, ReportGap
 from fabric.core.feeds import OutFeed, Retention
 from fabric.core.following import Following
+from fabric.core.guards import Retry
 from fabric.core.lanes import InboundFeed
 from fabric.core.machine import FabricCore
 from fabric.core.members import Members
@@ -83,9 +84,9 @@ def registered_once() -> list[Patch]:
 
 
 def unregistered_once() -> list[Patch]:
-    def leave(original: Any, self: Any, peer: Any, number: int, *, rests: bool, wait_ns: int = 1) -> None:
+    def leave(original: Any, self: Any, peer: Any, number: int, *, rests: bool, retry: Any = None) -> None:
         if (peer.name, number) not in self._leaving:
-            original(self, peer, number, rests=rests, wait_ns=10**15)
+            original(self, peer, number, rests=rests, retry=Retry(10**15, 10**15))
 
     return [wrapped(Subscribing, "_leave", leave)]
 

@@ -8,7 +8,7 @@ import msgpack
 import pytest
 
 from fabric.core import events
-from fabric.core.cursors import Place, pack_cursor, parse_cursor
+from fabric.core.cursors import Place, Slot, pack_cursor, parse_cursor, parse_redriven
 from fabric.core.disk import PastFeed, ReleaseRecords, SaveRegistrations, StateRecovered
 from fabric.core.registrations import RESTORED, UNMET_NS
 from fabric.core.wire import Drop, Kind, feed_id
@@ -199,6 +199,10 @@ def test_an_endless_name_is_refused() -> None:
 def test_a_cursor_goes_through_plain_values() -> None:
     cursor = {("rank-0", "a.b"): Place(7, 3, ((5, 6), (8, 9))), ("rank/1", "c"): Place(1, 0)}
     assert parse_cursor(pack_cursor(cursor)) == cursor
+    assert "redriven" not in pack_cursor(cursor) and parse_redriven(pack_cursor(cursor)) == frozenset()
+    slots = [Slot("rank-0", "a.b", 7, 1), Slot("rank/1", "c", 1, 0)]
+    assert parse_cursor(pack_cursor(cursor, slots)) == cursor
+    assert parse_redriven(pack_cursor(cursor, slots)) == set(slots)
 
 
 @pytest.mark.parametrize(
@@ -216,3 +220,9 @@ def test_a_cursor_goes_through_plain_values() -> None:
 def test_what_is_no_cursor_is_refused(packed: Any) -> None:
     with pytest.raises(ConfigError):
         parse_cursor(packed)
+
+
+@pytest.mark.parametrize("named", [3, [3], ["abcd"], [["a", "t", 1]], [["a", "t", "1", 2]], [[1, "t", 1, 2]], {"a": 1}])
+def test_what_names_no_letters_is_refused(named: Any) -> None:
+    with pytest.raises(ConfigError, match="names no letters"):
+        parse_redriven({"redriven": named})

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from fabric.errors import CircuitOpenError, ConfigError
-from fabric.guards import BreakerState, CircuitBreaker, RetrySchedule, TokenBucket
+from fabric.guards import Breaker, BreakerState, CircuitBreaker, RetrySchedule, TokenBucket
 from tests.harness.waiting import until
 
 S = 1_000_000_000
@@ -159,6 +159,24 @@ def test_what_began_before_a_breaker_opened_does_not_decide_about_it() -> None:
     breaker.fail(early)
     breaker.succeed(late)
     assert breaker.snapshot.state is BreakerState.OPEN
+
+
+def test_failures_of_several_reasons_do_not_add_up() -> None:
+    breaker = Breaker(3, 10)
+    for reason in ("a", "a", "b", "b"):
+        breaker = breaker.fail(0, 0, reason)
+    assert (breaker.state, breaker.failures, breaker.reason, breaker.due_ns) == (BreakerState.CLOSED, 2, "b", 0)
+    breaker = breaker.succeed(0, 0).fail(0, 0, "b").fail(0, 0, "b")
+    assert breaker.state is BreakerState.CLOSED
+    breaker = breaker.fail(0, 5, "b")
+    assert (breaker.state, breaker.reason, breaker.due_ns) == (BreakerState.OPEN, "b", 15)
+    assert breaker.admit(14) == (breaker, None)
+    breaker, ticket = breaker.admit(15)
+    assert ticket is not None and breaker.admit(24)[1] is None, "one probe"
+    undecided = breaker.give_up(ticket, 20)
+    assert (undecided.state, undecided.due_ns) == (BreakerState.OPEN, 20)
+    breaker = breaker.fail(ticket, 30, "another")
+    assert (breaker.state, breaker.reason, breaker.due_ns) == (BreakerState.OPEN, "another", 40)
 
 
 def test_a_probe_that_is_never_heard_of_gives_its_place_to_another() -> None:

@@ -13,11 +13,11 @@ import pytest
 from fabric.config import Letters as Limits
 from fabric.engine.lettering import (
     ChangeLetter,
+    EndLetter,
     LetterKeeper,
     LetterWish,
     LoadLetters,
     ReadLetters,
-    RemoveLetter,
     WriteLetter,
 )
 from fabric.errors import FabricError, LettersDamagedError, LetterStoreBrokenError, LetterStoreFullError
@@ -60,7 +60,7 @@ def test_a_turn_is_one_transaction_and_answers_come_after_it() -> None:
     wishes: list[LetterWish] = [
         bench.write(4),
         ChangeLetter(1, "rejected", "again", 7),
-        RemoveLetter(2),
+        EndLetter(letter(2)),
         ChangeLetter(2, "rejected", "gone", 7),
         ReadLetters((1, 2), lambda rows: seen.append(rows)),
         bench.write(3),
@@ -87,11 +87,11 @@ def test_what_has_no_room_waits_in_order_and_is_said_once(caplog: Any) -> None:
     assert isinstance(bench.refusals[-1], LetterStoreFullError) and bench.keeper.due_ns == S
     assert caplog.text.count("lanes wait") == 1
     with caplog.at_level(logging.WARNING, logger="fabric.storage"):
-        bench.keeper.work([bench.write(5), RemoveLetter(1)])
+        bench.keeper.work([bench.write(5), EndLetter(letter(1))])
         assert (bench.written, bench.keeper.due_ns) == ([1, 2, 9, 3], S), "the first that waits, and no other"
-        bench.keeper.work([RemoveLetter(2)])
+        bench.keeper.work([EndLetter(letter(2))])
         assert (bench.written[4:], bench.keeper.due_ns) == ([4], S)
-        bench.keeper.work([RemoveLetter(3)])
+        bench.keeper.work([EndLetter(letter(3))])
     assert (bench.written, bench.ids, bench.keeper.due_ns) == ([1, 2, 9, 3, 4, 5], [4, 5, 9], None)
     assert "taken again" in caplog.text and bench.refusals[-1] is None
     bench.keeper.close()
@@ -101,7 +101,7 @@ def test_a_small_letter_does_not_overtake_a_large_one_for_which_there_is_no_room
     bench = Bench(limits=Limits(bytes_max=4000))
     bench.keeper.work([bench.write(1), bench.write(2, value=b"x" * 3000), bench.write(3)])
     assert bench.written == [1]
-    bench.keeper.work([RemoveLetter(1)])
+    bench.keeper.work([EndLetter(letter(1))])
     assert bench.written == [1, 2]
     bench.keeper.close()
 
@@ -109,7 +109,7 @@ def test_a_small_letter_does_not_overtake_a_large_one_for_which_there_is_no_room
 def test_a_store_that_cannot_be_opened_is_tried_again_and_notices_do_not_pile_up() -> None:
     bench = Bench()
     bench.failing = LetterStoreBrokenError("no", directory="x")
-    bench.keeper.work([bench.write(1), bench.write(2, kind="notice"), RemoveLetter(7)])
+    bench.keeper.work([bench.write(1), bench.write(2, kind="notice"), EndLetter(letter(7))])
     assert bench.written == [] and bench.keeper.error is bench.failing
     assert len(bench.keeper._waiting) == 2
     bench.failing = None
@@ -147,7 +147,7 @@ def test_damage_is_mended_once_it_shows_and_what_it_took_is_told(tmp_path: Path,
         file.seek(at - at % 4096 if how == "write" else at)
         file.write(b"\xff" * 8)
     if how == "write":
-        bench.keeper.work([RemoveLetter(number) for number in range(1, 30)])
+        bench.keeper.work([EndLetter(letter(number)) for number in range(1, 30)])
         assert bench.ids == []
     else:
         answers: list[Any] = []

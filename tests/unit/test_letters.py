@@ -8,8 +8,8 @@ from typing import Any
 
 from fabric.config import Letters as Limits
 from fabric.core.events import Deliver, MessagesSettled
-from fabric.engine.dispatch import Handler
-from fabric.engine.fuse import Fuse
+from fabric.core.guards import Breaker
+from fabric.engine.handler import Handler
 from fabric.engine.inbox import Inbox
 from fabric.engine.letter_forms import Burial, cut_text, letter_of, message_of
 from fabric.engine.lettering import (
@@ -230,12 +230,13 @@ def test_what_only_waited_in_an_earlier_life_goes_on_when_its_handler_is_there()
         assert not book.letters.is_ready
         book.store.work()
         assert book.letters.is_ready and len(book.letters.notices()) == 1
-        assert book.letters.earlier == {rows[0].key: "parked", rows[1].key: "handler_exhausted"}
+        known = [book.letters.known.drop_of(row.key) for row in rows]
+        assert known == [(True, "parked"), (True, "handler_exhausted"), (False, None)]
         book.letters.bind(book.letters.claim("jobs.**"), book.inbox)
         book.store.work()
         assert book.arrived() == [1]
         book.bury(9)
-        assert book.letters._entries[5].facts.first == 9, "numbers go on where the earlier life ended"
+        assert book.letters._book.entries[5].facts.first == 9, "numbers go on where the earlier life ended"
 
 
 def test_a_follower_waits_while_nobody_handles_it() -> None:
@@ -308,28 +309,89 @@ def test_a_closed_engine_asks_for_nothing(tmp_path: Path) -> None:
     assert book.letters.page is None
 
 
-# The fuse.
+def test_a_disk_that_fails_when_a_letter_was_handled_does_not_bring_it_back(tmp_path: Path) -> None:
+    book = Book()
+    book.letters.page = HandPage.open(tmp_path)
+    book.bury(1)
+    book.store.work()
+    book.letters.redrive([1], dry_run=False)
+    book.store.work()
+    assert book.arrived() == [1]
+    book.settle(book.items[0], 1)
+    full, store = LetterStoreBrokenError("no", directory="x"), book.store.keeper._opened()
+
+    @contextlib.contextmanager
+    def refuse() -> Any:
+        raise full
+        yield
+
+    transaction = store.transaction
+    store.transaction = refuse  # type: ignore[method-assign]
+    book.store.work()
+    assert book.letters.count == 0 and 1 in store
+    again = HandPage.open(tmp_path)
+    assert len(again.finished) == 1, "the next life would know"
+    again.close()
+    store.transaction = transaction  # type: ignore[method-assign]
+    book.store.work()
+    book.store.keeper.work(())
+    assert 1 not in store and book.letters.page.finished == set()
+    assert not HandPage.open(tmp_path).finished
+    book.letters.close()
 
 
-def test_a_fuse_blows_when_all_dies_of_one_reason_and_only_then() -> None:
-    fuse = Fuse(Limits(same_reason_max=3, pause_s=2.0))
-    assert [fuse.burn(reason, 0) for reason in ("a", "a", "b", "b")] == [False] * 4
-    fuse.hold()
-    assert [fuse.burn("b", 0) for _ in range(3)] == [False, False, True]
-    assert fuse.until_ns == 2 * S
-    assert not fuse.burn("b", S), "it is blown already"
-    assert fuse.burn("b", 2 * S), "one that was tried after the pause, in vain"
-    assert fuse.until_ns == 4 * S
+def test_a_record_that_dies_again_while_its_letter_is_written_waits_for_that_letter() -> None:
+    book, told = Book(), []
+    message = message_for(letter(1, value=b"12345678"))
+    for number in (1, 2):
+        book.letters.bury(message, book.name, Burial("rejected", "no", 1), lambda number=number: told.append(number))  # type: ignore[misc]
+    assert (told, book.letters.waiting) == ([], 1), "not before it is written (D1)"
+    book.store.work()
+    assert (told, book.letters.waiting, book.letters.count) == ([1, 2], 0, 1)
 
 
-def test_a_handler_whose_fuse_is_blown_has_nothing_to_do_until_it_is_whole() -> None:
+def test_of_one_that_saves_cursors_a_handled_letter_hides_and_its_lane_goes_on() -> None:
+    book = Book()
+    book.letters.release(book.name)
+    name = book.letters.claim("jobs.**")
+    book.letters.bind(name, book.inbox, [])
+    for number, reason in ((1, "handler_exhausted"), (2, "parked"), (3, "handler_exhausted")):
+        book.bury(number, reason, parked=True)
+    book.store.work()
+    book.letters.redrive([1], dry_run=False)
+    for number in (1, 2):
+        book.store.work()
+        assert book.arrived() == [number]
+        book.settle(book.items[0], 1)
+    saved = book.letters.handled_by(name)
+    assert [slot.offset for slot in saved] == [1, 2] and [each.id for each in book.letters.all()] == [3]
+    assert book.letters.redrive([1], dry_run=True)[1] == {1: "it is gone"} and book.letters.discard([1]) == 0
+    book.letters.commit(name, saved[:1])
+    assert book.letters.handled_by(name) == saved[1:] and book.letters.count == 1
+    book.letters.release(name)
+    assert [each.id for each in book.letters.all()] == [2, 3]
+    book.letters.bind(book.letters.claim("jobs.**"), book.inbox)
+    book.store.work()
+    assert book.arrived() == [2], "in its place again"
+    book.store.work()
+    assert sorted(book.store.keeper._opened().numbers()) == [2, 3]
+
+
+# The breaker of a handler.
+
+
+def test_a_handler_that_is_left_alone_has_nothing_to_do_until_one_may_try() -> None:
     inbox = Inbox(1)
-    fuse = Fuse(Limits(same_reason_max=1, pause_s=2.0))
-    handler = Handler(print, inbox, "t", 1, parks=False, fuse=fuse)
-    assert (handler.due_ns(), handler.has_work(0)) == (None, False)
+    handler = Handler(print, inbox, "t", 1, parks=False, breaker=Breaker(1, 2 * S))
+    assert (handler.due_ns(), handler.has_work(0, 1)) == (None, False)
     inbox.items.append(message_of(letter(1), 1))
-    handler.retries.append((5, 0, ("rank-1", "t", 0)))
-    assert (handler.due_ns(), handler.has_work(0)) == (5, True)
-    fuse.burn("a", 0)
-    assert (handler.due_ns(), handler.has_work(2 * S - 1)) == (2 * S, False)
-    assert handler.has_work(2 * S)
+    handler.retries.append((5, 0, ("rank-1", "t", 0, False)))
+    assert (handler.due_ns(), handler.has_work(0, 1)) == (5, True)
+    handler.breaker = handler.breaker.fail(0, 0, "a")
+    assert (handler.due_ns(), handler.has_work(2 * S - 1, 1)) == (2 * S, False)
+    assert handler.has_work(2 * S, 1)
+    inbox.items.clear()
+    handler.retries.clear()
+    assert (handler.due_ns(), handler.has_work(2 * S, 1)) == (None, False)
+    handler.crowded.append(("rank-1", "t", 0, False))
+    assert (handler.due_ns(), handler.has_work(2 * S, 1), handler.has_work(2 * S, 0)) == (2 * S, True, False)

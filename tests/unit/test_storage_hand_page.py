@@ -118,3 +118,28 @@ def test_keys_differ_by_each_part() -> None:
     keys = [("a", "b", 1, "c", 2), ("x", "b", 1, "c", 2), ("a", "x", 1, "c", 2), ("a", "b", 3, "c", 2)]
     keys += [("a", "b", 1, "x", 2), ("a", "b", 1, "c", 12)]
     assert len({key_of(key) for key in keys}) == len(keys)
+
+
+def test_a_letter_that_was_handled_is_known_until_it_is_forgotten(tmp_path: Path) -> None:
+    page = HandPage.open(tmp_path)
+    page.note(1, 1)
+    page.finish(1)
+    page.finish(2)
+    page.note(3, 4)
+    page.close()
+    page = HandPage.open(tmp_path)
+    assert (page.finished, page.suspects) == ({1, 2}, {3: 4})
+    page.forget(2)
+    page.clear()
+    page.close()
+    page = HandPage.open(tmp_path)
+    assert (page.finished, page.suspects) == ({1}, {3: 4}), "an end in peace does not make it a letter again"
+    page.close()
+
+
+def test_a_full_page_counts_what_it_cannot_mark(tmp_path: Path) -> None:
+    page = HandPage.open(tmp_path)
+    for key in range(1, SLOTS + 2):
+        page.finish(key)
+    assert (len(page.finished), page.overflows) == (SLOTS, 1)
+    page.close()

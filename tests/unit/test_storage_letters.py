@@ -345,3 +345,51 @@ def salvaged_of(store: DeadLetterStore, where: Path) -> dict[int, set[int]]:
     copy.mkdir(mode=0o700)
     (copy / DATABASE).write_bytes((where / DATABASE).read_bytes())
     return until(lambda: salvaged(copy))
+
+
+# What is over.
+
+
+def test_what_is_over_is_remembered_without_its_value_and_counts_nowhere(tmp_path: Path) -> None:
+    limits = replace(LIMITS, remembered_max=2, rows_max=2)
+    store = filled(tmp_path / "letters", [letter(1), letter(2)], limits)
+    with store.transaction():
+        store.end(replace(letter(1), reason="handled"))
+        store.end(letter(9))
+    assert (len(store), store.remembered, 1 in store, store.bytes) == (1, 1, False, letter(2).bytes)
+    with pytest.raises(LettersDamagedError), store.transaction():
+        store.end(letter(2))
+        raise LettersDamagedError("no", directory="x")
+    assert (len(store), store.remembered, 2 in store) == (1, 1, True)
+    for number in (3, 4):
+        with store.transaction():
+            store.add(letter(number))
+            store.end(letter(number))
+    assert (len(store), store.remembered) == (1, 2), "the oldest is forgotten"
+    store.close()
+    store = DeadLetterStore.open(tmp_path / "letters", limits)
+    assert [(each.id, each.kind, each.reason, each.value) for each in store.letters()] == [
+        (2, "letter", "handler_exhausted", letter(2).value),
+        (3, "over", "handler_exhausted", b""),
+        (4, "over", "handler_exhausted", b""),
+    ]
+    assert (len(store), store.remembered, store.bytes) == (1, 2, letter(2).bytes)
+    store.close()
+
+
+def test_a_record_whose_letter_was_over_may_be_one_again(tmp_path: Path) -> None:
+    store = filled(tmp_path / "letters", [letter(1)])
+    with store.transaction():
+        store.end(letter(1))
+        assert store.add(replace(letter(1), id=2)) and not store.add(replace(letter(1), id=3))
+    assert ([(each.id, each.kind) for each in store.letters()], store.remembered) == ([(2, "letter")], 0)
+    store.close()
+
+
+def test_nobody_remembers_where_letters_end_with_their_process(tmp_path: Path) -> None:
+    store = DeadLetterStore.open(tmp_path / "letters", LIMITS, durable=False)
+    with store.transaction():
+        store.add(letter(1))
+        store.end(letter(1))
+    assert list(store.letters()) == [] and store.remembered == 0
+    store.close()

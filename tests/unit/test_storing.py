@@ -23,7 +23,7 @@ from fabric.core.disk import (
     WriteFailed,
     WriteFinished,
 )
-from fabric.engine.lettering import RemoveLetter
+from fabric.engine.lettering import ChangeLetter
 from fabric.engine.storing import EXPIRY_NS, NoStore, Outcome, Storekeeper, ThreadedStore
 from fabric.errors import SpillBrokenError, SpillFullError, StateDirectoryError
 from fabric.storage.home import base_of, open_home, open_letters, sweep
@@ -364,13 +364,13 @@ def test_letters_that_wait_are_written_at_the_end_and_what_spills_is_not() -> No
     store.ask(append(1))
     until(lambda: keeper.asked)
     store.ask(append(2))
-    store.ask(RemoveLetter(1))
+    store.ask(ChangeLetter(1, "rejected", "", 1))
     closing = threading.Thread(target=store.close)
     closing.start()
     until(lambda: store._thread is None and not store._wishes.empty())
     keeper.go.set()
     closing.join(10)
-    assert keeper.asked == [[AppendRecords], [RemoveLetter], ["closed"]]
+    assert keeper.asked == [[AppendRecords], [ChangeLetter], ["closed"]]
 
 
 def test_letters_of_a_killed_member_are_swept_and_those_of_a_living_one_are_not(tmp_path: Path) -> None:
