@@ -113,7 +113,7 @@ class Storekeeper:
         self._log: SpillLog | None = state.log if state is not None else None
         self._named: set[int] = set()
         self.error: SpillError | None = None
-        self.is_retrying = False
+        self.is_retrying = self._save_refused = False
 
     def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
         """All of them, in order; appends that follow each other are one write."""
@@ -141,8 +141,13 @@ class Storekeeper:
             assert self._state is not None, "only who has state asks for this"
             self._state.save_registrations(wish.blob, outlives=wish.outlives)
         except SpillError as error:
-            log.warning("subscribers wait to be confirmed: %s", error)
+            if not self._save_refused:  # say it once, however often it is refused
+                log.warning("subscribers wait to be confirmed: %s", error)
+            self._save_refused = True
             return WriteFailed(wish.number, wish.number, str(error))
+        if self._save_refused:
+            log.warning("subscribers are confirmed again")
+        self._save_refused = False
         return WriteFinished(wish.number)
 
     def _expire(self) -> list[Outcome]:
