@@ -103,6 +103,10 @@ class Subscription:
         place = self.places.get(key)
         return place if place is not None and self.ended.get(key, 0) < place.incarnation else None
 
+    def stands_at(self, source: str) -> bool:
+        """Whether it has a place in some feed of this publisher."""
+        return any(name == source for name, _ in self.places)
+
     def next_row(self, key: Key) -> Row | None:
         """The feed that follows, once the current one is settled; taken out."""
         rows = self.later.get(key, {})
