@@ -43,9 +43,9 @@ format: $(STAMP)  ## mend what ruff can mend
 bench: $(STAMP)  ## one table: the fabric beside raw pyzmq
 	$(BIN)/python -m perf
 
-soak: $(STAMP)  ## the simulation with many new seeds, SOAK="--minutes 60", and 200 rounds of killed processes
+soak: $(STAMP)  ## the simulation with many new seeds, SOAK="--minutes 60", the model, and 200 rounds of killed processes
 	$(BIN)/python -m tests.simulation.soak $(SOAK)
-	TENSOR_FABRIC_SOAK=1 $(BIN)/python -m pytest -q tests/simulation/test_restarts.py tests/integration/test_restarting.py
+	TENSOR_FABRIC_SOAK=1 $(BIN)/python -m pytest -q tests/model tests/simulation/test_restarts.py tests/integration/test_restarting.py
 
 fuzz: $(STAMP)  ## the property tests with many more examples
 	$(BIN)/python -m pytest tests/property --hypothesis-profile=fuzz -o timeout=0

@@ -62,19 +62,18 @@ class Ancestry:
     def starts(registration: Registration, line: list[OutFeed], stated: Mapping[int, int]) -> dict[int, int]:
         """Where a new session of a subscription begins in each of these feeds of one topic; in others it does not.
 
-        What it states itself counts, even if it is less than we knew (S2). What lies before that is settled.
+        What it states itself counts, even if it is less than we knew (S2). What lies before that is settled. Where it
+        states nothing, it begins where the session before it stood.
         """
+        joins = registration.joins
+        stood = {out.feed: out.readers.get(registration.reader, joins.get(out.feed, 0)) for out in line}
         named = max((at for at, out in enumerate(line) if out.feed in stated), default=None)
         if named is not None:
-            return {line[named].feed: stated[line[named].feed]} | {
-                out.feed: registration.joins.get(out.feed, 0) for out in line[named + 1 :]
-            }
+            first = line[named].feed
+            return {first: stated[first]} | {out.feed: stood[out.feed] for out in line[named + 1 :]}
         if registration.since:
-            joins = registration.joins
             return {
-                out.feed: joins.get(out.feed, 0)
-                for out in line
-                if out.feed in joins or out.incarnation >= registration.since
+                out.feed: stood[out.feed] for out in line if out.feed in joins or out.incarnation >= registration.since
             }
         youngest = line[-1]
         if youngest.is_past:

@@ -169,7 +169,7 @@ class Endings:
             self.ask(inbound)
         for inbound in [inbound for inbound, due_ns in self._orphans.items() if now >= due_ns]:
             del self._orphans[inbound]
-            self._finish(inbound, inbound.fin or 0, exact=False)
+            self._finish(inbound, 0, exact=inbound.fin is not None)
 
     def dues_ns(self) -> list[int]:
         """When any of that is due."""

@@ -176,8 +176,6 @@ class Publishing:
     def _begin(self, registration: Registration, stated: dict[int, int]) -> None:
         """Enrol a new session of a subscription in what it is owed."""
         lines = self.ancestry.matching(registration)
-        known = [feed for feed in registration.joins if feed in self.by_id]
-        registration.joins.update({feed: self._position_of(registration, feed) for feed in known})
         if registration.name and self._held_until_ns:
             registration.since = registration.since or 1  # what it was owed cannot be read: better twice than never
         starts = [Ancestry.starts(registration, line, stated) for line in lines]

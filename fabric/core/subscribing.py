@@ -70,8 +70,8 @@ class Subscribing:
         )
         subscription = self.subscriptions[event.subscription] = Subscription(event, room)
         for peer in self._members.by_name.values():
-            if not peer.is_gone:
-                self._register(subscription, peer, from_start=False)
+            if not peer.is_gone:  # one that has a place began before what this publisher may know
+                self._register(subscription, peer, from_start=subscription.stands_at(peer.name))
 
     def close(self, event: SubscriptionClosed) -> None:
         """The application is done: nothing more is asked for. Publishers owe nothing more, but to one with a name."""
@@ -334,6 +334,7 @@ class Subscribing:
             inbound.name_losses(Drop.SUPERSEDED)
         if subscription.committed is not None:
             inbound.committed = place.floor
+            subscription.committed.setdefault((peer.name, row.topic), place)  # it is owed all from where it began
         key = peer.name, row.topic
         subscription.feeds[key] = inbound
         subscription.between.discard(key)

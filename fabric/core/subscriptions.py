@@ -117,6 +117,10 @@ class Subscription:
         if self.committed is not None:
             self.committed.pop(key, None)
 
+    def stands_at(self, source: str) -> bool:
+        """Whether it has a place in some feed of this publisher."""
+        return any(name == source for name, _ in self.places)
+
     def next_row(self, key: Key) -> Row | None:
         """The feed that follows, once the current one is settled; taken out."""
         rows = self.later.get(key, {})

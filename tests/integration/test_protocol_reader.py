@@ -107,7 +107,7 @@ def finish(process: subprocess.Popen[str], reader: Reader) -> None:
     """End the member; it must have been acknowledged in full, and name its feeds' ends."""
     assert reader.request("finish", "enough") == "enough"
     ends = reader.await_bye()
-    assert sorted(ends) == sorted([feed.feed, feed.floor] for feed in reader.feeds.values())
+    assert sorted(ends) == sorted([feed.feed, feed.floor, True] for feed in reader.feeds.values())
     told, _ = process.communicate(timeout=20)
     assert json.loads(told) == [{"reader": True}, True]
     assert process.returncode == 0
