@@ -263,7 +263,7 @@ class Entry:
 
 def _has_met(peer: Peer) -> bool:
     """Whether it knows us; one that left already did, or it would not have said goodbye."""
-    return peer.sees_us or peer.state == "left"
+    return peer.has_met or peer.state == "left"
 
 
 def _to_event(card: Card) -> events.Card:

@@ -238,9 +238,7 @@ class FabricCore:
 
     def _hello(self, peer: Peer) -> None:
         context = self.context
-        context.send(
-            peer.name, Kind.HELLO, *card_fields(context.card), peer.incarnation, self.subscribing.registrations(peer)
-        )
+        context.send(peer.name, Kind.HELLO, *card_fields(context.card), peer.seen, self.subscribing.registrations(peer))
 
     def _on_hello(self, message: Control) -> None:
         card = card_of(message.fields, message.incarnation)
@@ -257,15 +255,15 @@ class FabricCore:
             self._count(Drop.STALE)
             return
         self.members.sender_of(message, None)
+        peer.greeted_us = True
         if new is not None:
             peer.hello = peer.hello.postponed(self.context.now)
         for registration in message.fields[11]:
             self.publishing.register(peer, registration)
         if new is not None or message.fields[10] != self.context.incarnation:
             self._hello(peer)
-        else:  # it repeats itself: our answer was lost on its way, and a heartbeat is never answered
-            self.subscribing.register_again(peer)  # first: who has met us knows what we subscribe to
-            self.context.send(peer.name, Kind.HEARTBEAT, [], peer.incarnation)
+        else:  # it has heard ours, and a heartbeat that says that of its own is not answered
+            self.context.send(peer.name, Kind.HEARTBEAT, [], peer.seen)
         self.members.greeted(peer, message.fields[10])
 
     def _on_heartbeat(self, peer: Peer, fields: Sequence[Any]) -> None:

@@ -67,6 +67,7 @@ class Peer:
         "bulk_heard_ns",
         "card",
         "data_heard_ns",
+        "greeted_us",
         "heard_ns",
         "hello",
         "id",
@@ -83,7 +84,9 @@ class Peer:
         """Its latest earlier lives: one that still sends is a zombie, and this is where it can be told."""
         self.state = "known"
         self.sees_us = False
-        """Whether it has told us that it knows this incarnation of us."""
+        """Whether it has told us that it heard the HELLO of this incarnation of us."""
+        self.greeted_us = False
+        """Whether we heard its HELLO, and so know what it subscribes to."""
         self.heard_ns = self.data_heard_ns = now
         self.bulk_heard_ns = 0
         self.told_ns = self.probed_ns = 0
@@ -93,6 +96,16 @@ class Peer:
     def incarnation(self) -> int:
         """Of its current life."""
         return self.card.incarnation
+
+    @property
+    def seen(self) -> int:
+        """The incarnation that has greeted us; 0 if it has not."""
+        return self.incarnation if self.greeted_us else 0
+
+    @property
+    def has_met(self) -> bool:
+        """Whether we know each other, and what the other subscribes to."""
+        return self.sees_us and self.greeted_us
 
     @property
     def is_there(self) -> bool:
@@ -120,7 +133,7 @@ class Members:
         """Whether something still refers to a member that is gone."""
         self._zombies: deque[str] = deque()
         ourselves = Peer(context.card, 0)
-        ourselves.state, ourselves.sees_us = "up", True
+        ourselves.state, ourselves.sees_us, ourselves.greeted_us = "up", True, True
         self._add(ourselves)
 
     def _add(self, peer: Peer) -> None:
@@ -221,7 +234,7 @@ class Members:
             self._change(peer, "up")
 
     def greeted(self, peer: Peer, seen: int) -> None:
-        """A HELLO or heartbeat told which incarnation of us the peer has seen."""
+        """A HELLO or heartbeat told which incarnation of us has greeted the peer."""
         if seen == self._context.incarnation and not peer.sees_us:
             peer.sees_us = True
             self._change(peer, "joined")
@@ -242,7 +255,7 @@ class Members:
             if peer.is_gone:
                 continue
             self._judge(peer)
-            if not peer.sees_us and self._context.now >= peer.hello.due_ns:
+            if not peer.has_met and self._context.now >= peer.hello.due_ns:
                 peer.hello = peer.hello.after(self._context.now)
                 due.append(peer)
         return due
@@ -262,7 +275,7 @@ class Members:
 
     def next_deadline_ns(self) -> int | None:
         """When a HELLO is due next."""
-        dues = [peer.hello.due_ns for peer in self.others() if not peer.sees_us and not peer.is_gone]
+        dues = [peer.hello.due_ns for peer in self.others() if not peer.has_met and not peer.is_gone]
         return min(dues, default=None)
 
 

@@ -396,7 +396,7 @@ class Publishing:
         idle = now - peer.told_ns >= liveness.heartbeat_ms * MS and peer.name != self._context.name
         if listed or idle:
             peer.told_ns = now
-            self._context.send(peer.name, Kind.HEARTBEAT, listed, peer.incarnation)
+            self._context.send(peer.name, Kind.HEARTBEAT, listed, peer.seen)
             for registration in self.registrations.of(peer.name).values():
                 if registration.unproven:
                     self._tell(registration, [self.by_id[feed] for feed in registration.unproven])

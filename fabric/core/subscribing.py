@@ -176,13 +176,6 @@ class Subscribing:
         self.endings.welcome(peer)
         self._forget_leaving(peer)
 
-    def register_again(self, peer: Peer) -> None:
-        """Our HELLO, which said what we subscribe to, was lost."""
-        for subscription in self.subscriptions.values():
-            asked = subscription.asked.get(peer.name)
-            if asked is not None:
-                self._register(subscription, peer, from_start=asked[1])
-
     def _miss(self, subscription: Subscription, key: Key) -> None:
         """Lives of a publisher are over before we came to them: what they published is an open gap.
 

@@ -211,7 +211,7 @@ class World:
         def missing() -> list[str]:
             known = engine.core.members.by_name
             here = [name for name, other in others.items() if (name, other.incarnation) not in self._dead]
-            return sorted(name for name in here if name not in known or not known[name].sees_us)
+            return sorted(name for name in here if name not in known or not known[name].has_met)
 
         if wait and not engine.until(lambda: not missing(), timeout_s):
             left = f"missing: {shortened(missing())}"

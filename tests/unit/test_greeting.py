@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fabric.core.events import ControlReceived, IntakeStopped, PeerAnnounced
 from fabric.core.members import Peer, card_fields
-from fabric.core.wire import Kind, encode_control
+from fabric.core.wire import Kind, encode_control, member_id
 from fabric.entering import _has_met
 from tests.harness.pair import Link, card
 
@@ -17,27 +17,33 @@ def strangers() -> Link:
     return link
 
 
-def sees(link: Link, name: str, other: str) -> bool:
-    return link[name].core.members.by_name[other].sees_us
+def met(link: Link, name: str, other: str) -> bool:
+    return link[name].core.members.by_name[other].has_met
 
 
-def test_a_repeated_hello_is_answered_although_its_sender_is_known() -> None:
+def test_a_greeting_goes_on_until_the_hello_is_heard_whatever_else_is() -> None:
+    """Who has met a member knows what it subscribes to; a heartbeat does not say that."""
     link = strangers()
+    link.subscribe("b", "t")
     link.pass_time(25)
-    link.drop(lambda flight: flight.source == "b")  # b's connection to a is not up yet
-    link.crank(until=lambda: not [flight for flight in link.wire if flight.to is link["b"]])
-    link.drop()
-    assert sees(link, "b", "a")
-    assert not sees(link, "a", "b"), "a was not told"
-    for _ in range(3):
+    for _ in range(2):
+        link.drop(lambda flight: flight.source == "b")  # b's connection to a is not up yet
+        link.crank(until=lambda: not [flight for flight in link.wire if flight.to is link["b"]])
+        link.drop()
         link.pass_time(25)
-        link.drop(lambda flight: flight.source == "b")  # heartbeats of its own among them
-        link.crank(until=lambda: bool([flight for flight in link.wire if flight.source == "b"]))
-        if link.waiting(Kind.HEARTBEAT):
-            break
-    assert [flight.source for flight in link.waiting(Kind.HEARTBEAT)] == ["b"], "the answer to a repeated HELLO"
+    heartbeat = encode_control(Kind.HEARTBEAT, member_id("b"), 1, [], 1)
+    link.do("a", ControlReceived(heartbeat))
+    assert link["a"].core.members.by_name["b"].sees_us
+    assert not met(link, "a", "b")
+    assert not link["a"].core.publishing.registrations.of("b")
+    link.drop()
+    link.pass_time(100)
     link.crank()
-    assert sees(link, "a", "b")
+    assert met(link, "a", "b")
+    assert met(link, "b", "a")
+    assert link["a"].core.publishing.registrations.of("b")
+    link.pass_time(3_000)
+    assert link.waiting(Kind.HELLO) == []
 
 
 def test_the_answer_to_a_repeated_hello_is_not_answered() -> None:
