@@ -24,7 +24,7 @@ CATCHES: dict[str, tuple[int, ...]] = {
     "credit_ignored": (2, 0, 4),
     "answer_may_be_empty": (2, 0, 4),
     "join_point_moves": (0, 7, 8),
-    "acknowledge_any_session": (9, 16, 84),
+    "acknowledge_any_session": (157, 468, 671),
     "not_fenced": (20, 15, 21),
     "history_not_owed": (16, 28, 21),
     "first_available_stays": (0, 9, 8),
