@@ -223,7 +223,8 @@ class Fabric(Member[Publisher]):
     def close(self, timeout_s: float = 5.0) -> CloseReport:
         """Stop publishing, let what is owed be fetched, say goodbye, and release everything.
 
-        The second call gives the same report. Returns within about `timeout_s` whatever the peers do.
+        The second call gives the same report. Returns within about `timeout_s` whatever the peers do; with
+        state the disk has up to 2 s more, to take what is still owed.
         """
         if self._engine.forked_in:
             self._engine.require_open()

@@ -262,7 +262,8 @@ class Fabric(Member[LoopOutbox]):
     async def close(self, timeout_s: float = 5.0) -> CloseReport:
         """Stop publishing, let what is owed be fetched, say goodbye, and release everything.
 
-        The second call gives the same report. Returns within about `timeout_s` whatever the peers do. It goes on when
+        The second call gives the same report. Returns within about `timeout_s` whatever the peers do; with
+        state the disk has up to 2 s more, to take what is still owed. It goes on when
         it is cancelled.
         """
         self._driver.check()
