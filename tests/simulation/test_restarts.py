@@ -59,7 +59,13 @@ class Job:
             self.ranks[rank] = self.world.join(rank, host=f"host-{rank}", timeout_s=60)
         self.survivor = self.until_it_works(lambda: self.ranks[2].subscribe("work.*"))
         self.until_it_works(self.subscribe)
+        self.world.until(self.is_confirmed, timeout_s=60)
         self.world.every(0.01, self.look, owner=self.ranks[2])
+
+    def is_confirmed(self) -> bool:
+        """Whether all publishers have confirmed, those included that `subscribe` took for dead."""
+        open_ones = (fabric._engine.core.subscribing.subscriptions.values() for fabric in self.ranks.values())
+        return not any(one.asked for some in open_ones for one in some)
 
     def until_it_works(self, action: Any) -> Any:
         for _ in range(50):
