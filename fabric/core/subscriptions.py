@@ -113,9 +113,9 @@ class Subscription:
 
     def disown(self, key: Key) -> None:
         """The place that the application's cursor names is none."""
+        assert self.committed is not None, "only a cursor names a place to which we have not come"
         del self.places[key]
-        if self.committed is not None:
-            self.committed.pop(key, None)
+        self.committed.pop(key, None)
 
     def stands_at(self, source: str) -> bool:
         """Whether it has a place in some feed of this publisher."""

@@ -7,6 +7,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from fabric.config import Policy
 from fabric.core import events
 from fabric.core.cursors import Place, Slot, pack_cursor, parse_cursor, parse_redriven
 from fabric.core.disk import PastFeed, ReleaseRecords, SaveRegistrations, StateRecovered
@@ -226,3 +227,24 @@ def test_what_is_no_cursor_is_refused(packed: Any) -> None:
 def test_what_names_no_letters_is_refused(named: Any) -> None:
     with pytest.raises(ConfigError, match="names no letters"):
         parse_redriven({"redriven": named})
+
+
+def test_earlier_lives_owe_only_who_is_here_and_is_not_ourselves() -> None:
+    own = ("a", 5, 1, "mine", "t", "live", ((OLD, 1),))
+    link = recovered(row(), own, feeds=(past(),))
+    assert not publishing(link).owes_past(), "nobody has either open"
+    register(link, 9)
+    assert publishing(link).owes_past()
+    say(link, Kind.ACKNOWLEDGE, [(9, OLD, 2)])
+    assert publishing(link).owes_past()
+    link.do("a", events.PeerDied("b", 1))
+    assert not publishing(link).owes_past()
+
+
+def test_a_durable_record_that_nobody_reads_is_not_kept() -> None:
+    link = recovered()
+    link.publish("a", "t", policy=Policy.DURABLE)
+    for number in (1, 2):
+        link.do("a", events.WriteFinished(number))
+    out = publishing(link).feeds["t"]
+    assert (out.end, list(out.owed), list(out.kept)) == (1, [], [])
