@@ -191,6 +191,8 @@ class Storekeeper:
     def _write(self, wishes: Sequence[AppendRecords]) -> SpillError | None:
         """Why nothing of it was taken; None if it was."""
         try:
+            if self._state is not None:
+                self._state.require_directory()
             if self._log is None:
                 self._log = self._open_log()
             power = any(wish.sync == "power" for wish in wishes)

@@ -79,6 +79,9 @@ class Directory(Protocol):
     def sync(self) -> None:
         """Return when names that were made, changed and removed are on the disk."""
 
+    def is_there(self) -> bool:
+        """Whether nobody has removed it."""
+
     def free_bytes(self) -> int:
         """What this user may still write to the file system."""
 
@@ -196,6 +199,9 @@ class OsDirectory:
 
     def sync(self) -> None:
         os.fsync(self._fd)
+
+    def is_there(self) -> bool:
+        return os.fstat(self._fd).st_nlink > 0
 
     def free_bytes(self) -> int:
         found = os.fstatvfs(self._fd)

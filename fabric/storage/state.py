@@ -232,6 +232,11 @@ class MemberState:
     def _read(self, name: str) -> bytes:
         return _read(self._directory, name)
 
+    def require_directory(self) -> None:
+        """Raises `SpillBrokenError` if somebody removed it: what is written there ends with this process."""
+        if not self._directory.is_there():
+            raise SpillBrokenError("somebody removed it", directory=self._path)
+
     # Ending.
 
     def close(self) -> None:

@@ -310,6 +310,9 @@ class _FakeDirectory:
         self._asked("sync_directory")
         self._disk.steps.append(Step("sync_directory", 0))
 
+    def is_there(self) -> bool:
+        return True
+
     def free_bytes(self) -> int:
         self._asked("free_bytes")
         return 1 << 62 if self._disk.capacity is None else self._disk.capacity - self._disk.used

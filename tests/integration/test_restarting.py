@@ -277,6 +277,18 @@ def test_f34_damaged_registrations_lose_nobody_anything(state: Path, caplog: pyt
         assert inbox.gaps == ()
 
 
+def test_who_removes_the_state_of_a_member_that_lives_is_heard(state: Path) -> None:
+    with alone(state) as fabric:
+        publisher = fabric.publisher("a", policy="durable", when_full="fail")
+        fabric.subscribe("a", name="later").close()
+        publisher.publish(1)
+        shutil.rmtree(*state.glob("member-*"))
+        with pytest.raises(QueueFullError) as caught:
+            publisher.publish(2)
+        assert "somebody removed it" in str(caught.value.__cause__)
+        fabric.close(timeout_s=0.5)
+
+
 def test_f27_state_that_is_lost_is_an_open_gap_where_the_subscriber_stood(state: Path) -> None:
     with alone(state) as fabric:
         inbox = fabric.subscribe("a", name="worker", cursor={})
