@@ -95,9 +95,6 @@ class Endings:
         for inbound in self._of(peer):
             if not _lacks_some(inbound):
                 continue
-            if inbound.outlives and inbound.incarnation < peer.incarnation:
-                self._orphan(inbound)
-                continue
             end, kept = told.get(feed_id(peer.name, inbound.incarnation, inbound.topic), (None, False))
             inbound.known = max(inbound.known, end or 0)
             inbound.outlives |= kept

@@ -139,12 +139,13 @@ class Publishing:
         return self.by_id[feed].readers.get(registration.reader, registration.joins[feed])
 
     def stop(self) -> list[tuple[int, int, bool]]:
-        """No burst follows; returns the ends of all feeds for BYE."""
+        """No burst follows; returns the ends of all feeds for BYE, those of older ones for who has not heard them."""
         self.is_stopped = True
         for out in self.feeds.values():
             out.closed = True
         followed = [out for out in self.feeds.values() if out.readers or out.listeners]
-        return [(out.feed, out.end, out.is_written_down) for out in followed]
+        older = [(out.feed, out.end, True) for out in self.ancestry.past() if out.exact]
+        return [*older, *((out.feed, out.end, out.is_written_down) for out in followed)]
 
     def keep_rest(self) -> None:
         """We close, and have state: the next life serves what is not acknowledged by now."""

@@ -8,8 +8,8 @@ import pytest
 
 from fabric.config import Policy
 from fabric.core import events
-from fabric.core.disk import AppendRecords, RestWanted, StateRecovered
-from fabric.core.wire import Kind, decode_control, feed_id
+from fabric.core.disk import AppendRecords, PastFeed, RestWanted, StateRecovered
+from fabric.core.wire import Kind, decode_control, encode_control, feed_id, member_id
 from tests.harness.pair import Link
 
 FEED = feed_id("a", 1, "t")
@@ -152,3 +152,27 @@ def test_nobody_who_reads_nothing_to_keep() -> None:
     link.do("a", RestWanted())
     write_all(link)
     assert not link["a"].core.publishing.feeds["unread"].is_written_down
+
+
+def test_a_goodbye_tells_the_ends_of_earlier_lives_that_are_certain() -> None:
+    link = Link(meet=False)
+    link.start("a", 3)
+    link.start("b")
+    old = [PastFeed(feed_id("a", life, "t"), "t", "reliable", life, 3, life == 2, ()) for life in (1, 2)]
+    link.do("a", StateRecovered(tuple(old), b""))
+    link.introduce()
+    assert bye(link) == [[[old[1].feed, 3, True]], True]
+
+
+def test_who_missed_a_goodbye_hears_the_end_in_that_of_the_next_life() -> None:
+    link = owing()
+    link.settle("b")
+    link.drop()
+    link["a"].stopped = True
+    link.start("a", 2)
+    link.do("b", events.PeerAnnounced(link["a"].core.context.card))
+    link.drop()
+    ends = [(FEED, 3, True)]
+    link.do("b", events.ControlReceived(encode_control(Kind.BYE, member_id("a"), 2, ends, True)))
+    assert link["b"].of(events.ReportGap) == []
+    assert [(end.source, end.topic) for end in link["b"].of(events.EndFeed)] == [("a", "t")]
