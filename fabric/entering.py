@@ -262,7 +262,7 @@ class Entry:
 
 
 def _has_met(peer: Peer) -> bool:
-    """Whether it knows us; one that left already did, or it would not have said goodbye."""
+    """Whether we know each other; with one that left we did, or it would not have said goodbye."""
     return peer.has_met or peer.state == "left"
 
 

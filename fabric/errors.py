@@ -146,10 +146,13 @@ class JoinTimeoutError(WaitTimeoutError):
 
 
 class QueueFullError(FabricError):
-    """There was no room; nothing was taken. Fields: `queue`, `limit` and `used` in bytes, `waited_s`."""
+    """There was no room, or the disk takes nothing, which then is the cause; nothing was taken.
+
+    Fields: `queue`; `limit` and `used`, in bytes, of what may be owed in memory; `waited_s`.
+    """
 
     retriable = True
-    template = "{queue} is full: {used} of {limit} bytes, waited {waited_s:g} s; nothing was taken"
+    template = "{queue} takes nothing: {used} of {limit} bytes owed, waited {waited_s:g} s; nothing was taken{detail}"
 
 
 class CircuitOpenError(FabricError):

@@ -69,8 +69,8 @@ class CloseReport:
 
     `balanced`: all that was owed came to a known end, or to a gap that was reported; open gaps, and readers that died,
     are `ledger.known_unknowns`. Otherwise `ledger.unknown` names the ranges of which nothing is known, each with its
-    reader and the reader's state, and `unacknowledged` has them by topic and reader. What is `kept` is in balance, too:
-    a member with state wrote it down, and its next life serves it.
+    reader and the reader's state, and `unacknowledged` has them by topic and reader. `ledger.kept` is in balance, too:
+    a member with state has it on disk, and its next life serves it.
     """
 
     balanced: bool
@@ -79,8 +79,9 @@ class CloseReport:
     """{topic: {reader: (first offset not acknowledged, end)}}"""
     ledger: Ledger = field(default_factory=lambda: Ledger(""))
     """The last books; `ledger.explain()` says in words what is missing from them."""
-    kept: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
-    """As `unacknowledged`, of what is on disk for the next life; subscribers wait for it."""
+
+    def __str__(self) -> str:
+        return f"closed after {self.waited_s:.3f} s: {self.ledger.explain()}"
 
 
 class Member(Generic[P]):
@@ -298,13 +299,13 @@ class Member(Generic[P]):
         return report
 
     def _report_on(self, began_ns: int) -> CloseReport:
-        left, kept = self._unacknowledged(), dict[str, dict[str, tuple[int, int]]]()
+        left = self._unacknowledged()
         with self._engine.lock:
             feeds = self._engine.core.publishing.feeds
             for topic in [topic for topic in left if topic in feeds and feeds[topic].is_written_down]:
-                kept[topic] = left.pop(topic)
+                del left[topic]
             ledger = draw_up(self._engine.core, final=True)
-        return CloseReport(not left and ledger.balanced, (self._engine.clock() - began_ns) / S, left, ledger, kept)
+        return CloseReport(not left and ledger.balanced, (self._engine.clock() - began_ns) / S, left, ledger)
 
     def _is_settled(self) -> bool:
         arrived = all(publisher._has_arrived for publisher in self._publishers.values())

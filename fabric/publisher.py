@@ -54,7 +54,8 @@ class PublisherBase(Outbox):
         end = self.next
 
         def is_over() -> bool:
-            return self._has_arrived and all(floor >= end for floor in self._readers().values())
+            behind = any(floor < end for floor in self._readers().values())
+            return self._has_arrived and not behind and not self.engine.core.publishing.owes_past(self.topic)
 
         if not (yield Wait(is_over, timeout_s)):
             behind = [f"{name} at {floor}" for (name, _), floor in self._readers().items() if floor < end]

@@ -162,14 +162,19 @@ class Books:
 
     # Our own.
 
-    def close(self, inbound: InboundFeed, *, by_us: bool) -> None:
-        """A feed is over for a subscription, because it ended or because we closed: then the rest is given up."""
+    def close(self, inbound: InboundFeed, *, by_us: bool, rests: bool = False) -> None:
+        """A feed is over for a subscription, because it ended or because we closed.
+
+        Then the rest is given up, unless the subscription `rests`: it has a name, and the rest stays owed.
+        """
         self.touched.pop(inbound, None)
         rest = inbound.known - inbound.floor - inbound.settled.count
-        if by_us and rest > 0:
+        if by_us and rest > 0 and not rests:
             inbound.counts[Drop.GIVEN_UP] += rest
         book = self._book_of(inbound)
-        if by_us:
+        if rests:
+            book = replace(book, known=book.floor + book.above, state="closed")
+        elif by_us:
             book = replace(book, floor=max(book.known, book.floor), above=0, state="closed")
         else:
             book = replace(book, state="ended", open_gap=bool(inbound.counts["open_gaps"]))
@@ -322,8 +327,8 @@ class Books:
         book = Book(self._context.name, out.topic, out.incarnation, name, life, number, join, join, join)
         return _Account(book, owed=registration.reader in out.readers)
 
-    def left(self, registration: Registration, out: OutFeed) -> None:
-        """A reader of a feed is registered no more; its last books may still come."""
+    def left(self, registration: Registration, out: OutFeed, rests: bool) -> None:
+        """A reader of a feed is registered no more, or has a name and `rests`; its last books may still come."""
         if registration.reader[0] == self._context.name:
             return
         key = (*registration.reader, out.feed)
@@ -332,6 +337,7 @@ class Books:
         # Registered once more by a frame that came late, it goes on with what it told before.
         account = self._accounts.pop(key, None) or self._left.get(gone) or self._open_account(registration, out)
         account.left = out.end, out.readers.get(registration.reader, account.book.floor)
+        account.owed &= not rests  # what it lacks is owed to its next session
         self._left[gone] = account
         if len(self._left) > PAST_BOOKS_MAX:
             oldest = next(iter(self._left))
@@ -349,7 +355,7 @@ class Books:
         lives = {key[:2] for key, account in self._left.items() if account.is_untold}
         for registration, out, account in self._registered():
             floor = account.book.floor if account is not None else registration.joins[out.feed]
-            if floor < out.end and registration.reader in out.readers:
+            if floor < out.end and registration.reader in out.readers and not registration.absent_ns:
                 lives.add((registration.reader[0], registration.incarnation))
         return {name for name, incarnation in lives if self._is_there(name, incarnation)}
 
@@ -360,8 +366,6 @@ class Books:
     def _registered(self) -> Iterator[tuple[Registration, OutFeed, _Account | None]]:
         """Those of others; what we read of ourselves stands in our own books."""
         for registration in self._publishing.registrations:
-            if registration.absent_ns:
-                continue  # nobody has it open: what it is owed lies on disk
             name, number = registration.reader
             for feed in registration.joins if name != self._context.name else ():
                 account = self._accounts.get((name, number, feed))
@@ -393,6 +397,7 @@ class Books:
             registered.add((name, registration.incarnation, number, out.feed))
             book, floor = (account or self._open_account(registration, out)).book, out.readers.get((name, number))
             end = book.known if floor is None or book.state == "closed" else out.end
+            book = replace(book, state="resting") if registration.absent_ns else book
             state, kept = self._state_of(name, registration.incarnation), out.is_past or out.is_written_down
             reckoned.append(Reckoning(book, end, state, floor, kept=kept))
         reckoned += [self._reckon_left(key, account) for key, account in self._left.items() if key not in registered]

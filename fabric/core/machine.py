@@ -264,11 +264,11 @@ class FabricCore:
             self._hello(peer)
         else:  # it has heard ours, and a heartbeat that says that of its own is not answered
             self.context.send(peer.name, Kind.HEARTBEAT, [], peer.seen)
-        self.members.greeted(peer, message.fields[10])
+        self.members.on_seen(peer, message.fields[10])
 
     def _on_heartbeat(self, peer: Peer, fields: Sequence[Any]) -> None:
         feeds, seen = fields
-        self.members.greeted(peer, seen)
+        self.members.on_seen(peer, seen)
         if seen != self.context.incarnation:
             self._hello(peer)
         self.subscribing.on_heartbeat(peer, feeds)

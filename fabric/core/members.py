@@ -233,8 +233,8 @@ class Members:
         if peer.state in ("suspect", "down"):
             self._change(peer, "up")
 
-    def greeted(self, peer: Peer, seen: int) -> None:
-        """A HELLO or heartbeat told which incarnation of us has greeted the peer."""
+    def on_seen(self, peer: Peer, seen: int) -> None:
+        """A HELLO or heartbeat told which incarnation of us the peer has heard a HELLO of."""
         if seen == self._context.incarnation and not peer.sees_us:
             peer.sees_us = True
             self._change(peer, "joined")

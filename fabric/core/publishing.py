@@ -51,7 +51,7 @@ class Publishing:
         self.answering = Answering(context, self.by_id, self.spilling)
         self._expired: dict[str, dict[int, None]] = {}
         """Subscriptions of members that were absent too long; should they come back, they are told."""
-        self.on_left: Callable[[Registration, OutFeed], None] = lambda registration, out: None
+        self.on_left: Callable[[Registration, OutFeed, bool], None] = lambda registration, out, rests: None
         """Told of each feed that a reader is about to leave."""
         self._tick_due_ns, self.is_stopped = 0, False
         self._held_until_ns = 0
@@ -254,7 +254,7 @@ class Publishing:
     def _leave_feeds(self, registration: Registration) -> None:
         for feed in registration.joins:
             out = self.by_id[feed]
-            self.on_left(registration, out)
+            self.on_left(registration, out, False)
             out.readers.pop(registration.reader, None)
             out.listeners.discard(registration.reader)
             self._settle(out)
@@ -272,9 +272,10 @@ class Publishing:
         """A subscription with a name: nobody has it open, and it stays owed."""
         former = registration.reader
         for feed in registration.joins:
-            self.on_left(registration, self.by_id[feed])
+            self.on_left(registration, self.by_id[feed], True)
         self.registrations.leave(registration)
         self._rename(registration, former)
+        registration.joins.update({feed: self._position_of(registration, feed) for feed in registration.joins})
 
     def _rename(self, registration: Registration, former: Reader) -> None:
         for feed in registration.joins if registration.reader != former else ():
@@ -309,7 +310,7 @@ class Publishing:
             out.readers[reader] = min(floor, out.end)
         if floor >= out.end and reader in out.readers:
             registration = self.registrations.of(reader[0])[reader[1]]
-            self.on_left(registration, out)
+            self.on_left(registration, out, False)
             registration.forget(out.feed)
             del out.readers[reader]
         self._settle(out)
@@ -433,11 +434,12 @@ class Publishing:
 
     # Looking. Who waits looks without the engine's lock, at copies that are made in one step.
 
-    def owes_past(self) -> bool:
-        """Whether somebody who is here, and no part of us, lacks something of feeds of earlier lives."""
+    def owes_past(self, topic: str | None = None) -> bool:
+        """Whether somebody who is here, and no part of us, lacks something of feeds of earlier lives, of one topic."""
         return any(
             floor < out.end and self._is_here(reader)
             for out in self.ancestry.past()
+            if topic in (None, out.topic)
             for reader, floor in list(out.readers.items())
         )
 

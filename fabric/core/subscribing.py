@@ -79,12 +79,13 @@ class Subscribing:
         subscription = self.subscriptions.pop(number, None)
         if subscription is None:
             return
+        rests = bool(subscription.name) and not event.forgotten
         for inbound in subscription.feeds.values():
-            self._drop_inbound(inbound, by_us=True)
+            self._drop_inbound(inbound, by_us=True, rests=rests)
         self.following.acknowledge()
         for peer in self._members.by_name.values():
             if not peer.is_gone:
-                self._leave(peer, number, rests=bool(subscription.name) and not event.forgotten)
+                self._leave(peer, number, rests=rests)
 
     def _leave(self, peer: Peer, number: int, *, rests: bool, retry: Retry = REGISTER) -> None:
         """Repeated until the publisher says that it does not know this subscription: it would owe it for ever."""
@@ -402,8 +403,8 @@ class Subscribing:
         else:
             self._context.emit(EndFeed(inbound.subscription, *key))
 
-    def _drop_inbound(self, inbound: InboundFeed, *, by_us: bool) -> None:
-        self._books.close(inbound, by_us=by_us)
+    def _drop_inbound(self, inbound: InboundFeed, *, by_us: bool, rests: bool = False) -> None:
+        self._books.close(inbound, by_us=by_us, rests=rests)
         self.endings.forget(inbound)
         self._past.update(inbound.counts)
         self.following.unfollow(inbound)

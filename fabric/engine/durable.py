@@ -27,6 +27,9 @@ __all__ = ["Durability"]
 
 PAUSE_S = 0.05
 """Between two tries of who waits for room on disk: a try that fails is a write of nothing."""
+LAST_TRY_S = 0.25
+"""A disk that refused is not tried again so shortly before the time is over: unanswered, one could not say that nothing
+was taken."""
 
 
 _Row: TypeAlias = tuple[int, int, bytes, bytes]
@@ -163,7 +166,7 @@ class Durability:
                     return request.sequences
                 if attempt is not None and attempt.is_taken is None:
                     raise self._unanswered(request)
-                if attempt is None or outbox.when_full is WhenFull.FAIL or not left_s():
+                if attempt is None or outbox.when_full is WhenFull.FAIL or left_s() <= LAST_TRY_S:
                     raise self._full()
                 yield Wait(lambda: False, min(PAUSE_S, left_s()))
         finally:
@@ -192,8 +195,10 @@ class Durability:
         engine = self._outbox.engine
         limit, used = engine.config.retention.owed_bytes_max, self._outbox.budget.used
         waited_s = 0.0 if self._outbox.when_full is WhenFull.FAIL else engine.config.retention.publish_timeout_s
-        error = QueueFullError(queue=f"the log of {self._outbox.topic}", limit=limit, used=used, waited_s=waited_s)
-        error.__cause__ = engine.store.error
+        cause, queue = engine.store.error, f"the log of {self._outbox.topic}"
+        why = f": {cause}" if cause is not None else ""
+        error = QueueFullError(why, queue=queue, limit=limit, used=used, waited_s=waited_s)
+        error.__cause__ = cause
         return error
 
     def _unanswered(self, request: _Request) -> WaitTimeoutError:

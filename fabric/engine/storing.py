@@ -210,7 +210,7 @@ class Storekeeper:
     def _note(self, refusal: SpillError | None) -> None:
         """Say it once, however often it is refused."""
         if refusal is not None and self.error is None:
-            log.warning("publishers wait for room in memory, the spill log refuses: %s", refusal)
+            log.warning("publishers wait, the spill log refuses: %s", refusal)
         elif refusal is None and self.error is not None:
             log.warning("the spill log takes records again")
         self.error = refusal

@@ -94,7 +94,8 @@ class LedgerRow:
     subscription: int
     state: str
     """`open`, `ended` (its publisher is over, and all of it is settled), `closed` (the subscription is), `left` (of a
-    reader that is about to tell its last books), `lost` (of one that is over, and did not), `sum`."""
+    reader that is about to tell its last books), `lost` (of one that is over, and did not), `resting` (of a named one
+    that nobody has open), `sum`."""
     peer: str
     """The state of the member at the other side, as in `PeerInfo`."""
     first: int
@@ -153,8 +154,13 @@ class Ledger:
         """What nobody can say any more, of members that are over."""
         return tuple(row.known_unknown for row in self.rows if row.known_unknown is not None)
 
+    @property
+    def kept(self) -> tuple[Unknown, ...]:
+        """What this member, which closed, has on disk for its next life to serve."""
+        return tuple(row.kept for row in self.rows if row.kept is not None)
+
     def explain(self) -> str:
-        """A line for each row that does not add up and each range of which nothing is known; else that all is well."""
+        """A line for each row that does not add up, and each range that is unknown or kept; else that all is well."""
         return "\n".join(self._findings()) or f"the books of {self.member} balance: {self.totals}"
 
     def _findings(self) -> Iterator[str]:
@@ -165,9 +171,8 @@ class Ledger:
             yield f"nothing is known of {unknown}"
         for unknown in self.known_unknowns:
             yield f"nobody can say any more: {unknown}"
-        for row in self.rows:
-            if row.kept is not None:
-                yield f"kept for the next life: {row.kept}"
+        for kept in self.kept:
+            yield f"kept for the next life: {kept}"
 
     def __str__(self) -> str:
         verdict = "balanced" if self.balanced else "NOT balanced"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from fabric.config import FabricConfig, Liveness
-from fabric.errors import ConfigError
+from fabric.errors import ConfigError, QueueFullError, SpillFullError, WaitTimeoutError
 from fabric.subscription import Subscription
-from fabric.testing import World
+from fabric.testing import DiskPlan, World
 
 CONFIG = FabricConfig(subscribe_timeout_s=2.0, liveness=Liveness(suspect_s=0.5, down_s=2.0))
 
@@ -141,3 +141,49 @@ def test_a_cursor_ahead_of_its_publisher_passes_over_nothing_and_is_a_gap(later:
         world.run(2)
         assert trainer.ledger().balanced
         assert set(trainer._engine.core.publishing.feeds["t"].readers.values()) == {5}
+
+
+@pytest.mark.parametrize("when_full", ["block", "fail"])
+@pytest.mark.parametrize("delay_ms", [0.0, 90.0])
+def test_a_disk_that_refuses_to_the_end_took_nothing_and_that_is_said(when_full: str, delay_ms: float) -> None:
+    with World(1, config=CONFIG, state=True, disk=DiskPlan(delay_ms=delay_ms)) as world:
+        publisher = world.join(0).publisher("t", policy="durable", when_full=when_full)
+        disk = world._disks["rank-0"]
+        disk.capacity = disk.used
+        for _ in range(3):
+            with pytest.raises(QueueFullError, match=r"spill log in .* is full") as caught:
+                publisher.publish(1)
+            assert isinstance(caught.value.__cause__, SpillFullError)
+        assert publisher.next == 0
+
+
+def test_the_books_of_a_named_subscription_go_on_while_nobody_has_it_open() -> None:
+    with stateful() as world:
+        trainer, worker = world.join(0, host="a"), world.join(1, host="b")
+        inbox = worker.subscribe("t", name="worker")
+        publisher = trainer.publisher("t", policy="durable")
+        for number in range(10):
+            publisher.publish(number)
+        world.run(1)
+        inbox.receive()
+        inbox.close()
+        world.run(1)
+        assert worker.ledger().totals.dropped == 0, "it is owed on"
+        assert worker.ledger().balanced
+        (row,) = [row for row in trainer.ledger().rows if row.state == "resting"]
+        assert (row.subscriber, row.totals.in_flight, row.first) == ("rank-1", 10 - row.floor, row.floor)
+        trainer.flush(timeout_s=1)
+        for life in range(2):
+            report = trainer.close(timeout_s=0.2)
+            (kept,) = report.ledger.kept
+            assert report.balanced, life
+            assert (kept.topic, kept.subscriber, kept.first, kept.end) == ("t", "rank-1", row.floor, 10)
+            assert "kept for the next life: rank-0/t" in str(report)
+            world.run(1)
+            trainer = world.join(0, host="a")
+        inbox = worker.subscribe("t", name="worker")
+        with pytest.raises(WaitTimeoutError):
+            trainer.publisher("t", policy="durable").flush(timeout_s=0.5)
+        assert take(world, inbox) == list(range(row.floor, 10))
+        trainer.publisher("t", policy="durable").flush(timeout_s=1)
+        assert trainer.close(timeout_s=1).ledger.kept == ()

@@ -47,12 +47,12 @@ def test_a_new_member_is_connected_and_greeted_until_it_sees_us() -> None:
             greeted.append(ms)
     assert greeted[:5] == [0, 20, 60, 140, 300]
     assert greeted[-1] - greeted[-2] == 1000
-    desk.members.greeted(peer, 4)
+    desk.members.on_seen(peer, 4)
     assert peer.state == "known"
-    desk.members.greeted(peer, 5)
+    desk.members.on_seen(peer, 5)
     assert (peer.state, peer.is_there) == ("joined", True)
     assert ReportPeer("a", "joined") in desk.told()
-    desk.members.greeted(peer, 5)
+    desk.members.on_seen(peer, 5)
     assert desk.told() == []
 
 
@@ -132,7 +132,7 @@ def test_frames_of_strangers_of_old_lives_and_under_false_names_are_counted() ->
 def test_silence_makes_a_peer_suspect_then_down_and_a_word_brings_it_back() -> None:
     desk = Desk()
     peer = desk.meet(host="host-of-b")
-    desk.members.greeted(peer, 5)
+    desk.members.on_seen(peer, 5)
     desk.told()
     states = []
     for second in range(12):
@@ -161,7 +161,7 @@ def test_one_that_never_greeted_us_is_probed_too_and_is_nobody_to_wait_for() -> 
 
 def test_only_a_process_of_this_host_is_probed() -> None:
     desk = Desk()
-    desk.members.greeted(desk.meet(), 5)
+    desk.members.on_seen(desk.meet(), 5)
     desk.context.now = 100 * S
     desk.members.tick()
     assert not [command for command in desk.told() if isinstance(command, ProbePeer)]
