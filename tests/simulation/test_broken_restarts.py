@@ -25,10 +25,10 @@ JOBS: dict[str, Callable[[int], None]] = {
 CATCHES: dict[str, tuple[str, tuple[int, ...]]] = {
     "registrations_are_not_restored": ("killed", (2, 0, 7)),
     "confirmed_before_it_is_written_down": ("killed", (0, 7, 3)),
-    "positions_are_not_saved": ("sessions", (1, 15)),
-    "damage_means_that_nobody_is_owed": ("rough", (8, 4, 0)),
+    "positions_are_not_saved": ("sessions", (15, 18, 9)),
+    "damage_means_that_nobody_is_owed": ("rough", (0, 3, 4)),
     "unsubscribing_is_not_written_down": ("sessions", (8, 3, 0)),
-    "sessions_begin_where_the_last_began": ("sessions", (7, 4, 8)),
+    "sessions_begin_where_the_last_began": ("sessions", (4, 6, 1)),
     "released_by_the_first_that_has_it": ("killed", (8, 10, 9)),
     "told_what_was_handled": ("killed", (9, 5, 14)),
     "sent_before_it_is_written": ("killed", (19, 18, 5)),
