@@ -196,6 +196,7 @@ class Rejected(LetterJob):
         cursor = inbox.cursor()
         _, floor, ranges = cursor.get("rank-0/t", (0, 0, []))
         done = {*range(floor), *(value for first, end in ranges for value in range(first, end))}
+        done |= {offset for *_, offset in cursor.get("redriven", ())}
         self.saved = cursor, [entry for entry in self.seen if entry[1] in done]
         inbox.commit(cursor)
 
