@@ -170,8 +170,8 @@ class Job:
         for rank in (1, 2):
             self.world.heal("rank-0", f"rank-{rank}")
 
-    def play(self) -> None:
-        """All of it."""
+    def play(self, patience_s: float = 120.0) -> None:
+        """All of it. `patience_s`: how long the rest may take to come, once the faults are over."""
         with self.world:
             self.begin()
             for _ in range(60):
@@ -187,7 +187,7 @@ class Job:
                 self.fresh += [_entry(message) for message in self.inbox.drain()]
                 return len(self.handled) + len(self.fresh) >= total and len(self.seen) >= total
 
-            self.world.until(is_over, timeout_s=120)
+            self.world.until(is_over, timeout_s=patience_s)
             self.save()
             self.judge()
 

@@ -1,7 +1,7 @@
 """The core, deliberately broken: what happens without each rule. Every variant has to be caught by some seed.
 
-A variant is a set of patches on the real classes. Those of the rules that need a disk are not here: saved cursors, dead
-letters that survive, what a restart finds.
+A variant is a set of patches on the real classes. Those of the rules that need a disk are not here: see
+`spill_variants.py`, `restart_variants.py` and `letter_variants.py`; those of the books are in `book_variants.py`.
 """
 
 from __future__ import annotations
