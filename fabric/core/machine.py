@@ -255,7 +255,7 @@ class FabricCore:
             self._count(Drop.STALE)
             return
         self.members.sender_of(message, None)
-        peer.greeted_us = True
+        self.members.on_greeted(peer)
         if new is not None:
             peer.hello = peer.hello.postponed(self.context.now)
         for registration in message.fields[11]:

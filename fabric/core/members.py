@@ -233,11 +233,18 @@ class Members:
         if peer.state in ("suspect", "down"):
             self._change(peer, "up")
 
+    def on_greeted(self, peer: Peer) -> None:
+        """We heard its HELLO: it is there."""
+        peer.greeted_us = True
+        if peer.state == "known":
+            self._change(peer, "joined")
+
     def on_seen(self, peer: Peer, seen: int) -> None:
         """A HELLO or heartbeat told which incarnation of us the peer has heard a HELLO of."""
         if seen == self._context.incarnation and not peer.sees_us:
             peer.sees_us = True
-            self._change(peer, "joined")
+            if not peer.greeted_us:
+                self._change(peer, "joined")
 
     def leave(self, peer: Peer, state: str) -> None:
         """The peer said goodbye ("left") or is proven dead ("dead")."""

@@ -316,13 +316,17 @@ class Publishing:
         self._settle(out)
 
     def _settle(self, out: OutFeed) -> None:
-        if out.is_past and self._held_until_ns:
-            return
-        self.retention.acknowledge(out)
+        if not (self._held_until_ns and self._may_be_held(out)):
+            self.retention.acknowledge(out)
         if self.retention.released:
             self.spilling.release()
         if out.is_acknowledged:
             self._pending.pop(out.feed, None)
+
+    @staticmethod
+    def _may_be_held(out: OutFeed) -> bool:
+        """Whether somebody whom we forgot may be owed it."""
+        return out.is_past or out.policy is Policy.DURABLE
 
     def on_join(self, feeds: list[tuple[int, int]]) -> None:
         """A marker over the push link proves it to those who asked (S8)."""
@@ -364,7 +368,7 @@ class Publishing:
         self._expire_absent()
         if self._held_until_ns and now >= self._held_until_ns:
             self._held_until_ns = 0
-            for out in self.ancestry.past():
+            for out in filter(self._may_be_held, self.by_id.values()):
                 self._settle(out)
         self._saving.tick()
 

@@ -204,7 +204,8 @@ class Subscribing:
         """A publisher names feeds that match, with their join offsets."""
         subscription = self.subscriptions.get(number)
         if subscription is None:
-            self._context.send(peer.name, Kind.UNREGISTER, number, True)
+            _, rests = self._leaving.get((peer.name, number), (None, True))
+            self._context.send(peer.name, Kind.UNREGISTER, number, rests)
             return
         told = subscription.told.setdefault(peer.name, set())
         for fields in feeds:

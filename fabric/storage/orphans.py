@@ -25,8 +25,8 @@ log = logging.getLogger("fabric.storage")
 class Orphan:
     """The state of one member.
 
-    `bytes`: what its log takes on disk, room included that is not used yet, some of it settled; only who adopts it learns
-    how much is owed.
+    `bytes`: what its log takes on disk, with room that is not used yet, and some of it settled; only who adopts it
+    learns how much is owed.
     """
 
     name: str

@@ -65,8 +65,13 @@ def sessions_begin_where_the_last_began() -> list[Patch]:
                 out.readers[registration.reader] = position
         return found
 
+    def rest(original: Any, self: Any, registration: Any) -> None:
+        joins = dict(registration.joins)
+        original(self, registration)
+        registration.joins.update(joins)
+
     original = Ancestry.starts
-    return [(Ancestry, "starts", staticmethod(starts))]
+    return [(Ancestry, "starts", staticmethod(starts)), wrapped(Publishing, "_rest", rest)]
 
 
 def released_by_the_first_that_has_it() -> list[Patch]:

@@ -248,3 +248,23 @@ def test_a_durable_record_that_nobody_reads_is_not_kept() -> None:
         link.do("a", events.WriteFinished(number))
     out = publishing(link).feeds["t"]
     assert (out.end, list(out.owed), list(out.kept)) == (1, [], [])
+
+
+def test_what_is_durable_is_held_too_while_it_is_not_known_who_is_owed_what() -> None:
+    link = begun(2, StateRecovered((past(),), None))
+    for _ in range(2):
+        link.publish("a", "t", policy=Policy.DURABLE)
+        link.do("a", events.WriteFinished(9))
+    register(link, 9)
+    assert publishing(link).feeds["t"].readers == {("b", 9): 0}
+    assert released(link) == []
+
+
+def test_an_answer_to_a_late_naming_does_not_undo_an_unsubscribe() -> None:
+    link = Link("a", "b")
+    link.subscribe("b", "t")
+    link.run(300)
+    link.do("b", events.SubscriptionClosed(1, forgotten=True))
+    link.drop()
+    say(link, Kind.REGISTERED, 1, 0, [], source="a", to="b")
+    assert [flight.fields[1] for flight in link.waiting(Kind.UNREGISTER)] == [False]

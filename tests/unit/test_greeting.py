@@ -65,3 +65,15 @@ def test_a_member_that_left_was_met() -> None:
     assert peer.state == "left"
     assert _has_met(peer)
     assert not _has_met(Peer(card("c"), 0))
+
+
+def test_whom_we_heard_is_there_and_is_waited_for() -> None:
+    """Its join may have returned: what it publishes right after our subscribe is owed to us."""
+    link = strangers()
+    link.pass_time(25)
+    link.drop(lambda flight: flight.source == "b")
+    link.crank(until=lambda: not [flight for flight in link.wire if flight.to is link["b"]])
+    assert link["b"].core.members.by_name["a"].state == "joined"
+    link.drop()
+    link.subscribe("b", "t")
+    assert "a" in link["b"].core.subscribing.unconfirmed(1)
