@@ -154,6 +154,7 @@ class Entry:
             remembers=self._state is None or self._state.kept,
         )
         keeper.refused, keeper.damaged = engine.letters.on_refused, engine.letters.on_damaged
+        keeper.cut = engine.letters.on_cut
         return keeper
 
     def _read_letters(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from fabric.errors import FabricError, LettersDamagedError, LetterStoreError
 from fabric.storage.letter_rows import LetterRow
 
 if TYPE_CHECKING:
+    from fabric.engine.letter_values import LetterValues
     from fabric.engine.storing import Outcome, Storekeeper, Wish
     from fabric.errors import SpillError
     from fabric.storage.dead_letters import DeadLetterStore
@@ -41,10 +42,14 @@ class LetterWish:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WriteLetter(LetterWish):
-    """Keep a letter; `then` is called once it is kept, which may take until there is room."""
+    """Keep a letter; `then` is called once it is kept, which may take until there is room.
+
+    `value`: all of it, if the letter has only its head. It holds no memory of its own: its record waits, too.
+    """
 
     letter: LetterRow
     then: Callable[[], None]
+    value: memoryview | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,8 @@ class LetterKeeper:
 
     `open_store` is called where it is used; `open_page` too, if letters outlive this process. `remembers`: whether a
     store without letters is kept for the sake of those that were. `damaged` is told of every damage, and which letters
-    it took; `refused` why a write waits, and None when writes are taken again.
+    it took; `cut` of which letter only the head of its value is left, and why; `refused` why a write waits, and None
+    when writes are taken again.
     """
 
     def __init__(
@@ -104,8 +110,11 @@ class LetterKeeper:
         """What was in the store before it was damaged."""
         self._retry_ns = 0
         self.damaged: Callable[[list[int]], None] = lambda numbers: None
+        self.cut: Callable[[int, str], None] = lambda number, why: None
         self.refused: Callable[[FabricError | None], None] = lambda error: None
         self.error: FabricError | None = None
+        self.values: LetterValues | None = None
+        """Where values lie that are too large for a row; None: nowhere."""
 
     @property
     def due_ns(self) -> int | None:
@@ -126,8 +135,13 @@ class LetterKeeper:
         self._waiting = [wish for at, wish in enumerate(batch) if at not in done and not _is_notice(wish)]
         self._retry_ns = self._clock() + RETRY_NS
         self._note(refusal)
+        self._discard([each.letter.id for at in done if isinstance(each := batch[at], EndLetter)])
         for at in sorted(done):
             self._answer(batch[at])
+
+    def _discard(self, numbers: Collection[int]) -> None:
+        if self.values is not None:
+            self.values.discard(numbers)
 
     def _try(self, batch: Sequence[LetterWish]) -> tuple[set[int], FabricError | None]:
         """As `_commit`; damage is mended, and then it is tried once more."""
@@ -142,7 +156,7 @@ class LetterKeeper:
         if self._store is None:
             self._store = self._open_store()
             if self._store.damages:
-                self.damaged(sorted(number for number in self._former if number not in self._store))
+                self._lose(sorted(number for number in self._former if number not in self._store))
             self._former = frozenset()
         return self._store
 
@@ -157,7 +171,11 @@ class LetterKeeper:
             self._store = None
             raise
         lost, store.lost = store.lost, []
-        self.damaged(lost)
+        self._lose(lost)
+
+    def _lose(self, numbers: list[int]) -> None:
+        self._discard(numbers)
+        self.damaged(numbers)
 
     def _commit(self, store: DeadLetterStore, batch: Sequence[LetterWish]) -> tuple[set[int], FabricError | None]:
         """Which of them are done, and why others wait: behind a letter that has no room, no other is written."""
@@ -168,7 +186,7 @@ class LetterKeeper:
                 if isinstance(wish, WriteLetter):
                     missing = store.refusal(wish.letter) or (None if _is_notice(wish) else refusal)
                     if missing is None:
-                        store.add(wish.letter)
+                        store.add(self._placed(store, wish))
                     elif not _is_notice(wish):
                         refusal = missing
                         continue
@@ -178,6 +196,18 @@ class LetterKeeper:
                     store.end(wish.letter)
                 done.add(at)
         return done, refusal
+
+    def _placed(self, store: DeadLetterStore, wish: WriteLetter) -> LetterRow:
+        """The row of a letter, whose large value the log has now; if not, it says why."""
+        if wish.value is None:
+            return wish.letter
+        why = "there is no spill log"
+        if self.values is not None:
+            why = self.values.keep(wish.letter.id, wish.value, store.limits.values_bytes_max)
+        if not why:
+            return wish.letter
+        self.cut(wish.letter.id, why)
+        return replace(wish.letter, cut=why)
 
     @staticmethod
     def _change(store: DeadLetterStore, wish: ChangeLetter) -> None:
@@ -210,14 +240,17 @@ class LetterKeeper:
         store = self._opened()
         try:
             try:
-                return store.read(number)
+                return self._whole(store.read(number))
             except LettersDamagedError as error:
                 if number not in store:
                     return error
                 self._mend(store, error)
-            return store.read(number)
+            return self._whole(store.read(number))
         except FabricError as error:
             return error
+
+    def _whole(self, row: LetterRow) -> LetterRow:
+        return row if self.values is None else self.values.whole(row)
 
     def _load(self, wish: LoadLetters) -> None:
         page = None
@@ -226,7 +259,8 @@ class LetterKeeper:
         except FabricError as error:
             log.error("what was in hand when the last life ended cannot be counted: %s", error)
         try:
-            wish.then(self._opened().letters(), page)
+            rows = self._opened().letters()
+            wish.then(rows if self.values is None else self.values.matched(rows), page)
         except FabricError as error:
             self._note(error)
             self._waiting.append(wish)
@@ -264,6 +298,8 @@ class Desk:
 
     def __init__(self, spill: Storekeeper, letters: LetterKeeper) -> None:
         self._spill, self.letters = spill, letters
+        letters.values = spill.values
+        spill.values.cut = lambda number, why: letters.cut(number, why)
 
     @property
     def error(self) -> SpillError | None:

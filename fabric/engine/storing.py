@@ -26,6 +26,7 @@ from fabric.core.disk import (
     WriteFailed,
     WriteFinished,
 )
+from fabric.engine.letter_values import LetterValues
 from fabric.engine.lettering import LetterWish
 from fabric.errors import SpillError, SpillFullError
 from fabric.storage.records import Entry, Kind
@@ -111,6 +112,10 @@ class Storekeeper:
         self._incarnation, self._open_log, self._wall_ns, self._state = incarnation, open_log, wall_ns, state
         self._expires_ns = 0
         self._log: SpillLog | None = state.log if state is not None else None
+        self.values = LetterValues(incarnation, self._opened, outlives=state is not None)
+        """Those of dead letters that lie in the log."""
+        if state is not None:
+            self.values.adopt(state.log)
         self._named: set[int] = set()
         self.error: SpillError | None = None
         self.is_retrying = self._save_refused = False
@@ -157,7 +162,8 @@ class Storekeeper:
             return []
         self._expires_ns = now + EXPIRY_NS
         try:
-            lost = spill.expire(now)
+            lost = self.values.expired(spill.expire(now))
+            self.values.move()
         except SpillError as error:
             log.warning("segments of the spill log that are too old cannot be deleted: %s", error)
             return []
@@ -188,15 +194,18 @@ class Storekeeper:
                 refused.append(wish)
         return last, refused
 
+    def _opened(self) -> SpillLog:
+        if self._log is None:
+            self._log = self._open_log()
+        return self._log
+
     def _write(self, wishes: Sequence[AppendRecords]) -> SpillError | None:
         """Why nothing of it was taken; None if it was."""
         try:
-            if self._log is None:
-                self._log = self._open_log()
-            power = any(wish.sync == "power" for wish in wishes)
-            self._log.append(self._entries(wishes), hold=power)
+            spill, power = self._opened(), any(wish.sync == "power" for wish in wishes)
+            spill.append(self._entries(wishes), hold=power)
             if power:
-                self._log.sync()
+                spill.sync()
         except SpillError as error:
             for part in (error, error.__cause__):
                 if part is not None:

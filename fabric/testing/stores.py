@@ -63,6 +63,7 @@ class WorldStore:
         """Whether it was ever damaged: only then may it lose what it took."""
         letters = LetterKeeper(self._open_letters, engine.clock)
         letters.refused, letters.damaged = engine.letters.on_refused, engine.letters.on_damaged
+        letters.cut = engine.letters.on_cut
         self._keeper = Desk(Storekeeper(engine.card.incarnation, self._open, engine.wall_ns, state), letters)
         self._wishes: deque[tuple[int, Wish]] = deque()
 
