@@ -116,7 +116,8 @@ class Repair:
     chunk_bytes: int = 2 * MIB
     """A payload travels in pieces of this size; at most 4 MiB, so that no frame takes longer than a heartbeat."""
     retry_ms_first: int = 20
-    """An unanswered pull is repeated after this, doubling up to `retry_ms_max` (reliability notes, section 4.7)."""
+    """An unanswered pull is repeated after this, and then by chance between this and a ceiling that doubles up to
+    `retry_ms_max` (reliability notes, section 4.7)."""
     retry_ms_max: int = 1000
     attempts_max: int = 3
     """How often a payload whose checksum is wrong is fetched before it counts as corrupt at its source."""
@@ -147,7 +148,8 @@ class Requests:
     """Requests and replies."""
 
     resend_ms_first: int = 100
-    """An unanswered request is sent again after this, doubling up to `resend_ms_max`."""
+    """An unanswered request is sent again after this, and then by chance between this and a ceiling that doubles up to
+    `resend_ms_max`; beyond a budget, only at that."""
     resend_ms_max: int = 1000
     pending_max: int = 1024
     """Requests of ours under way."""

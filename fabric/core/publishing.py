@@ -144,7 +144,8 @@ class Publishing:
         for out in self.feeds.values():
             out.closed = True
         followed = [out for out in self.feeds.values() if out.readers or out.listeners]
-        return [(out.feed, out.end, out.is_written_down) for out in followed]
+        past = [(out.feed, out.end, True) for out in self.ancestry.past() if out.exact and out.readers]
+        return [(out.feed, out.end, out.is_written_down) for out in followed] + past
 
     def keep_rest(self) -> None:
         """We close, and have state: the next life serves what is not acknowledged by now."""

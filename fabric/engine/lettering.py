@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fabric.core.guards import Retry
 from fabric.errors import FabricError, LettersDamagedError, LetterStoreError
 from fabric.storage.letter_rows import LetterRow
 
@@ -30,8 +31,9 @@ __all__ = [
 
 log = logging.getLogger("fabric.storage")
 
-RETRY_NS = 1_000_000_000
-"""What the store refuses is asked again after so long, or with the next wish."""
+_AGAIN = Retry(1_000_000_000, 2_000_000_000)
+"""In nanoseconds. What the store refuses is asked again then, or with the next wish. With full jitter that is once a
+second; the members of one host have one disk, and were refused together."""
 
 
 class LetterWish:
@@ -101,14 +103,15 @@ class LetterKeeper:
         *,
         open_page: Callable[[], HandPage] | None = None,
         remembers: bool = True,
+        chance: Callable[[], float] = lambda: 1.0,
     ) -> None:
-        self._remembers = remembers
+        self._remembers, self._chance = remembers, chance
         self._open_store, self._open_page, self._clock = open_store, open_page, clock
         self._store: DeadLetterStore | None = None
         self._waiting: list[LetterWish] = []
         self._former: frozenset[int] = frozenset()
         """What was in the store before it was damaged."""
-        self._retry_ns = 0
+        self._again = _AGAIN
         self.damaged: Callable[[list[int]], None] = lambda numbers: None
         self.cut: Callable[[int, str], None] = lambda number, why: None
         self.refused: Callable[[FabricError | None], None] = lambda error: None
@@ -119,7 +122,7 @@ class LetterKeeper:
     @property
     def due_ns(self) -> int | None:
         """When what waits is tried again; None if nothing waits."""
-        return self._retry_ns if self._waiting else None
+        return self._again.due_ns if self._waiting else None
 
     def work(self, wishes: Iterable[LetterWish]) -> None:
         """What is asked for, and what waited, in order; as far as the store takes it."""
@@ -133,7 +136,7 @@ class LetterKeeper:
         except FabricError as error:
             refusal = error
         self._waiting = [wish for at, wish in enumerate(batch) if at not in done and not _is_notice(wish)]
-        self._retry_ns = self._clock() + RETRY_NS
+        self._again = (self._again if self._waiting else _AGAIN).after(self._clock(), self._chance())
         self._note(refusal)
         self._discard([each.letter.id for at in done if isinstance(each := batch[at], EndLetter)])
         for at in sorted(done):
@@ -307,9 +310,9 @@ class Desk:
         return self._spill.error
 
     @property
-    def is_retrying(self) -> bool:
-        """Whether something waits to be tried again."""
-        return self.letters.due_ns is not None
+    def due_ns(self) -> int | None:
+        """When something that was refused is tried again; None if nothing was."""
+        return self.letters.due_ns
 
     def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
         """All of them; each room has its own in order."""

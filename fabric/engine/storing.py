@@ -52,8 +52,7 @@ EXPIRY_NS = 1_000_000_000
 """Between two looks for what is too old: ages are hours."""
 IDLE_S = 10.0
 """The thread looks so often for what is too old, though nobody asks for anything."""
-RETRY_S = 1.0
-"""... and so often while something was refused that will be tried again."""
+S = 1_000_000_000
 ENDING_S = 2.0
 """A close waits no longer for a disk that hangs."""
 
@@ -83,8 +82,8 @@ class Keeper(Protocol):
         """Why the last write was refused; None if it was not."""
 
     @property
-    def is_retrying(self) -> bool:
-        """Whether something that was refused will be tried again soon."""
+    def due_ns(self) -> int | None:
+        """When something that was refused is tried again; None if nothing was."""
 
     def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
         """All of them, in order."""
@@ -118,7 +117,8 @@ class Storekeeper:
             self.values.adopt(state.log)
         self._named: set[int] = set()
         self.error: SpillError | None = None
-        self.is_retrying = self._save_refused = False
+        self.due_ns: int | None = None  # the core asks again
+        self._save_refused = False
 
     def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
         """All of them, in order; appends that follow each other are one write."""
@@ -347,7 +347,8 @@ class ThreadedStore:
         """Wait for a wish; it, and those that wait behind it: now and then nothing. And whether it is the end."""
         wishes: list[Wish] = []
         try:
-            wish = self._wishes.get(timeout=RETRY_S if self._keeper.is_retrying else IDLE_S)
+            due_ns, now_ns = self._keeper.due_ns, self._engine.clock()
+            wish = self._wishes.get(timeout=IDLE_S if due_ns is None else max(0.0, (due_ns - now_ns) / S))
         except Empty:
             return wishes, False
         while wish is not None:
