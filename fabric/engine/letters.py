@@ -1,7 +1,8 @@
 """The dead letters of one member: what is kept of them in memory, and what is asked of their store.
 
 Dead letters are written by the storage thread, together with all that wait, and only then do their offsets settle. A
-store that refuses is asked again about every second; until it takes a letter, the lane of that letter waits, and nobody else.
+store that refuses is asked again after a while; until it takes a letter, the lane of that letter waits, and nobody
+else.
 
 A letter that is redriven comes to its handler or subscription as if it had just arrived, in the hand of a
 `RedrivenFeed`; when it is handled there it leaves the store, which remembers it. Of a parked lane only the oldest
