@@ -118,7 +118,7 @@ class Fabric(Member[Publisher]):
     ) -> Callable[[Function], Function]:
         """Decorate a function of one `Message` to be run for each that matches.
 
-        A handler that raises is run again, `attempts` times in all, 0.1 s later, then after twice as long each time,
+        A handler that raises is run again, `attempts` times in all, within 0.1 s, then within twice as long each time,
         but at most 10 s; after that the record is a dead letter. `exhausted`: its lane goes on (`skip`), or waits for
         it (`park`): what comes later in the lane joins it among the dead letters, and comes again in order once it is
         redriven or given up. Handlers run on a thread of the fabric, or in `step` and `serve`. Raises as `subscribe`.

@@ -116,7 +116,8 @@ class Repair:
     chunk_bytes: int = 2 * MIB
     """A payload travels in pieces of this size; at most 4 MiB, so that no frame takes longer than a heartbeat."""
     retry_ms_first: int = 20
-    """An unanswered pull is repeated after this, doubling up to `retry_ms_max` (reliability notes, section 4.7)."""
+    """An unanswered pull is repeated after this, and then by chance between this and a ceiling that doubles up to
+    `retry_ms_max` (reliability notes, section 4.7)."""
     retry_ms_max: int = 1000
     attempts_max: int = 3
     """How often a payload whose checksum is wrong is fetched before it counts as corrupt at its source."""
@@ -147,7 +148,8 @@ class Requests:
     """Requests and replies."""
 
     resend_ms_first: int = 100
-    """An unanswered request is sent again after this, doubling up to `resend_ms_max`."""
+    """An unanswered request is sent again after this, and then by chance between this and a ceiling that doubles up to
+    `resend_ms_max`; beyond a budget, only at that."""
     resend_ms_max: int = 1000
     pending_max: int = 1024
     """Requests of ours under way."""
@@ -209,7 +211,12 @@ class Letters:
     """Of their values, metadata and details, 512 bytes for each letter included; the file takes up to a quarter
     more."""
     record_bytes_max: int = 1 * MIB
-    """A larger value is cut to this; its size and checksum are noted, and it cannot be redriven."""
+    """A larger value lies in the spill log; the store has so much of its head, its size and its checksum."""
+    value_bytes_max: int = 256 * MIB
+    """Of a still larger value only the head is kept: such a letter cannot be redriven. Below 4 GiB. A redrive reads it
+    into memory, on the thread that also writes to the disk: 256 MiB take a quarter of a second."""
+    values_bytes_max: int = 1 * GIB
+    """Of all values of letters in the spill log, an eighth of that; beyond it only heads are kept."""
     detail_bytes_max: int = 2048
     """Of the text that says what went wrong; the rest is cut."""
     notices_max: int = 1000
@@ -261,6 +268,8 @@ class FabricConfig:
             _require_positive(group)
         if self.spill.bytes_max < 2 * self.spill.segment_bytes:
             raise ConfigError("less than two segments: the one in use and its spare", field="spill.bytes_max")
+        if self.letters.value_bytes_max >= 4 * GIB:
+            raise ConfigError("below 4 GiB", field="letters.value_bytes_max")
         if self.repair.chunk_bytes > 4 * MIB:
             raise ConfigError("at most 4 MiB", field="repair.chunk_bytes")
         if self.subscribe_timeout_s <= 0:

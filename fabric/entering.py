@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -152,8 +153,10 @@ class Entry:
             engine.clock,
             open_page=None if where is None else lambda: HandPage.open(where),
             remembers=self._state is None or self._state.kept,
+            chance=random.random,
         )
         keeper.refused, keeper.damaged = engine.letters.on_refused, engine.letters.on_damaged
+        keeper.cut = engine.letters.on_cut
         return keeper
 
     def _read_letters(self) -> None:

@@ -46,6 +46,8 @@ class LetterBase:
     """When, in nanoseconds of this member's wall clock."""
     size: int
     """Of its value as it was published, in bytes."""
+    cut: str
+    """Why only the head of its value is left, so that it cannot come again; empty if it is whole."""
     _engine: Engine = field(repr=False, compare=False)
     _run: Callable[[Steps[Any]], Any] = field(repr=False, compare=False)
     """Waits as its face does."""
@@ -67,7 +69,7 @@ class LetterBase:
         if isinstance(row, FabricError):
             raise row
         if row.is_cut:
-            raise SchemaError(f"only {len(row.value)} of {row.size} bytes of the value were kept")
+            raise SchemaError(f"only {len(row.value)} of {row.size} bytes of the value are left: {row.cut}")
         return decode(row.value_kind, memoryview(row.value)), unpack_metadata(row.metadata)
 
 
@@ -79,8 +81,8 @@ class DeadLetter(LetterBase):
     def value(self) -> Any:  # noqa: ANN401 - whatever was published
         """What was published, read from the store.
 
-        Raises `SchemaError` if it cannot be decoded, or was too large to be kept whole, `LettersDamagedError` if it is
-        gone, `WaitTimeoutError` after 10 s, `ClosedError`.
+        Raises `SchemaError` if it cannot be decoded or was `cut`, `LettersDamagedError` if it is gone, `SpillError` if
+        the disk cannot read it now, `WaitTimeoutError` after 10 s, `ClosedError`.
         """
         return self._run(self._reading())[0]
 
@@ -223,6 +225,7 @@ class DeadLetters(Generic[L]):
             parked=facts.parked,
             buried_ns=facts.buried_ns,
             size=facts.size,
+            cut=facts.cut if facts.is_cut else "",
             _engine=self._engine,
             _run=self._run,
         )

@@ -153,8 +153,9 @@ def plain_messages(
 
 
 _RETRY = Retry(100_000_000, 10_000_000_000)
-"""In nanoseconds. A handler that raised is tried again after 0.1 s, and then after twice as long each time (reliability
-notes, section 4.11), but never after more than 10 s: attempts may be many."""
+"""In nanoseconds. A handler that raised is tried again within 0.1 s, and then within twice as long each time
+(reliability notes, section 4.11), but never after more than 10 s: attempts may be many. Full jitter: what it called may
+have failed for the handlers of all members at once."""
 
 
 class HeldMessage(Message):

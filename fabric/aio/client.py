@@ -130,10 +130,10 @@ class Fabric(Member[LoopOutbox]):
         """Decorate a function, or a coroutine function, of one `Message` to be run for each that matches.
 
         A coroutine function runs as a task, those of different lanes side by side; a plain function runs on the loop
-        and must be short. One that raises is run again, `attempts` times in all, 0.1 s later, then after twice as long
-        each time, but at most 10 s; after that the record is a dead letter. `exhausted`: its lane goes on (`skip`), or
-        waits for it (`park`): what comes later in the lane joins it among the dead letters, and comes again in order
-        once it is redriven or given up. Handlers run at any time, or in `step`, `serve` and `request`.
+        and must be short. One that raises is run again, `attempts` times in all, within 0.1 s, then within twice as
+        long each time, but at most 10 s; after that the record is a dead letter. `exhausted`: its lane goes on
+        (`skip`), or waits for it (`park`): what comes later in the lane joins it among the dead letters, and comes
+        again in order once it is redriven or given up. Handlers run at any time, or in `step`, `serve` and `request`.
 
         The next awaited call of this fabric waits until live members have confirmed. It raises what `subscribe` would.
         """

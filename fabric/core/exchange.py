@@ -13,7 +13,7 @@ from typing import Any
 
 from fabric.core.events import Buffer, CompleteRequest, ExecuteRequest, ReplyIssued, RequestIssued
 from fabric.core.fetching import Fetching, Key
-from fabric.core.guards import Retry
+from fabric.core.guards import Budget, Retry
 from fabric.core.members import MS, Context, Members, Peer
 from fabric.core.wire import ADDRESSED, Drop, Kind, checksum_of, decode_descriptor
 from fabric.errors import WireFormatError
@@ -23,6 +23,8 @@ __all__ = ["Exchange"]
 DEADLINE_MS_MAX = 3_600_000
 """A request is remembered no longer than this: else a far deadline would fill the memory for good."""
 PRIORITIES = 3
+RESENDS = Budget(share=1.0, reserve=64)
+"""Resends before their longest wait: as many as there are requests, and so many more at once."""
 """0 is high, 1 normal, 2 low."""
 
 
@@ -70,13 +72,15 @@ class Exchange:
         self._awaited: dict[tuple[str, int], int] = {}
         """The lowest request that each life of a peer still waits for, as far as it has told."""
         self._fetches: dict[Key, tuple[str, object]] = {}
+        self._budget = RESENDS
 
     # Our requests.
 
     def issue(self, event: RequestIssued) -> None:
         """Send a request, and again until it is answered."""
         limits = self._context.config.requests
-        retry = Retry(limits.resend_ms_first * MS, limits.resend_ms_max * MS)
+        self._budget = self._budget.call()
+        retry = Retry.beyond(limits.resend_ms_first * MS, limits.resend_ms_max * MS)
         pending = self._pending[event.request] = _Pending(event, retry)
         peer = self._members.by_name.get(event.peer)
         if peer is None or peer.is_gone:  # as for requests that are under way when it goes
@@ -86,12 +90,23 @@ class Exchange:
 
     def _send(self, pending: _Pending) -> None:
         event, now = pending.event, self._context.now
-        pending.retry = pending.retry.after(now)
+        pending.retry = pending.retry.after(now, self._context.chance())
         self._context.wake_by(min(pending.retry.due_ns, event.deadline_ns))
         left_ms = max(1, (event.deadline_ns - now) // MS)
         awaited = next(iter(self._pending))  # requests are issued in the order of their numbers
         fields = (event.request, awaited, event.method, event.priority, left_ms, event.kind, event.metadata, event.blob)
         self._context.send(event.peer, Kind.REQUEST, *fields)
+
+    def _resend(self, pending: _Pending) -> None:
+        """Beyond the budget only at the longest wait: what a peer cannot answer must not become more by asking."""
+        budget, longest_ns = self._budget.retry(), pending.retry.max_ns
+        if budget is None and pending.retry.wait_ns < longest_ns:
+            pending.retry = pending.retry._replace(wait_ns=longest_ns).postponed(self._context.now)
+            self._context.counts["resends_postponed"] += 1
+            return
+        self._budget = budget or self._budget
+        self._context.counts["requests_resent"] += 1
+        self._send(pending)
 
     def abandon(self, request: int) -> None:
         """Nobody waits any more."""
@@ -280,8 +295,7 @@ class Exchange:
             if now >= pending.event.deadline_ns:
                 self._complete(pending, "timeout")
             elif now >= pending.retry.due_ns:
-                self._context.counts["requests_resent"] += 1
-                self._send(pending)
+                self._resend(pending)
 
     def next_deadline_ns(self) -> int | None:
         """When a request is due."""

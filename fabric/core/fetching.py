@@ -37,7 +37,7 @@ class Fetching:
     def __init__(self, context: Context) -> None:
         self._context = context
         repair = context.config.repair
-        self._first_retry = Retry(repair.retry_ms_first * MS, repair.retry_ms_max * MS)
+        self._first_retry = Retry.beyond(repair.retry_ms_first * MS, repair.retry_ms_max * MS)
         self._all: dict[Key, _Fetch] = {}
         self._queues: dict[str, deque[_Fetch]] = {}
         self._started: Counter[str] = Counter()
@@ -77,7 +77,7 @@ class Fetching:
     def _ask(self, fetch: _Fetch) -> None:
         self._token += 1
         first, end = next(fetch.received.missing(0, fetch.size), (0, 0))
-        fetch.retry = fetch.retry.after(self._context.now)
+        fetch.retry = fetch.retry.after(self._context.now, self._context.chance())
         self._context.wake_by(fetch.retry.due_ns)
         self._context.send(fetch.peer, Kind.FETCH, *fetch.key, first, end - first, self._token)
 

@@ -22,7 +22,7 @@ PULL_RANGES_MAX = 64
 """Ranges in one pull (reliability notes, section 4.7)."""
 ACKNOWLEDGEMENTS_PER_FRAME = 4000
 JOINS_PER_FRAME = 1000
-JOIN = Retry(20 * MS, 1000 * MS)
+JOIN = Retry.beyond(20 * MS, 1000 * MS)
 WINDOW_BYTES_MIN = 64
 """The credit of a pull sinks no lower, whatever is turned away."""
 
@@ -79,7 +79,7 @@ class Following:
     def __init__(self, context: Context, fetching: Fetching, touched: dict[InboundFeed, None]) -> None:
         self._context, self._fetching = context, fetching
         repair = context.config.repair
-        self._first_pull = Retry(repair.retry_ms_first * MS, repair.retry_ms_max * MS)
+        self._first_pull = Retry.beyond(repair.retry_ms_first * MS, repair.retry_ms_max * MS)
         self._touched = touched
         """What was received, settled or lost of these, so their books may have changed."""
         self.feeds: dict[int, FollowedFeed] = {}
@@ -351,7 +351,7 @@ class Following:
         self._starved.pop(followed.feed, None)
         followed.token += 1
         followed.asked_first, followed.asked_end = next(iter(wanted))[0], wanted.end
-        followed.pulling = pulling.after(now)
+        followed.pulling = pulling.after(now, self._context.chance())
         credit = max(1, min(left, self._window(followed)))
         self._context.counts["pulls"] += 1
         self._context.send(
@@ -395,13 +395,13 @@ class Following:
 
     def _join(self, followed: FollowedFeed) -> None:
         """Ask for a marker; again with the same nonce, for the first answer may only stand behind much data."""
-        followed.joining = followed.joining.after(self._context.now)
+        followed.joining = followed.joining.after(self._context.now, self._context.chance())
         self.joining.setdefault(followed.peer.name, []).append((followed.feed, followed.nonce))
         self._note(followed)
 
     def _join_again(self, followed: FollowedFeed) -> None:
         if self._is_answering(followed.peer.data_heard_ns, followed.joining):
-            followed.joining = followed.joining.after(self._context.now)
+            followed.joining = followed.joining.after(self._context.now, self._context.chance())
             self._note(followed)
         else:
             self._join(followed)

@@ -2,7 +2,8 @@
 
 All of them are immutable values: time and chance are arguments, a step gives the next value, and the value itself is
 the state that can be looked at. Units are nanoseconds. Who shares one among threads holds a lock round each step:
-`fabric.guards` does. The core's own repetitions are a `Retry` without chance.
+`fabric.guards` does. The core's own repetitions are a `Retry`, its chance a number that follows from who it is and how
+often it has drawn one (`chance_of`): the same history has the same waits.
 """
 
 from __future__ import annotations
@@ -11,10 +12,19 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-__all__ = ["Breaker", "BreakerState", "Bucket", "Budget", "Retry"]
+__all__ = ["Breaker", "BreakerState", "Bucket", "Budget", "Retry", "chance_of"]
 
 S = 1_000_000_000
 MILLION = 1_000_000
+_WORD = 2**64 - 1
+
+
+def chance_of(seed: int, n: int) -> float:
+    """The n-th number from 0 to 1 of a seed: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
+    word = (seed + n * 0x9E3779B97F4A7C15) & _WORD
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
+    return ((word ^ (word >> 31)) >> 11) / 2**53
 
 
 class Retry(NamedTuple):
@@ -25,6 +35,13 @@ class Retry(NamedTuple):
     max_ns: int
     due_ns: int = 0
     """When the next attempt is due; 0: at once."""
+    least_ns: int = 0
+    """What an answer needs: chance never makes a wait shorter."""
+
+    @classmethod
+    def beyond(cls, least_ns: int, max_ns: int, due_ns: int = 0) -> Retry:
+        """Of a question that may be on its way: its first wait is whole, and none is shorter."""
+        return cls(least_ns, max_ns, due_ns, least_ns)
 
     def postponed(self, now_ns: int) -> Retry:
         """The next attempt waits as long again, though none is made now."""
@@ -39,8 +56,8 @@ class Retry(NamedTuple):
 
         Without chance it is the whole wait.
         """
-        due_ns = now_ns + (self.wait_ns if chance == 1.0 else int(self.wait_ns * chance))
-        return Retry(min(2 * self.wait_ns, self.max_ns), self.max_ns, due_ns)
+        wait_ns = self.wait_ns if chance == 1.0 else max(self.least_ns, int(self.wait_ns * chance))
+        return Retry(min(2 * self.wait_ns, self.max_ns), self.max_ns, now_ns + wait_ns, self.least_ns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fabric.config import FabricConfig
 from fabric.core.events import Card, ConnectPeer, DisconnectPeer, ProbePeer, ReportFenced, ReportPeer, SendControl
-from fabric.core.guards import Retry
+from fabric.core.guards import Retry, chance_of
 from fabric.core.wire import VERSION, Control, Drop, Kind, encode_control, member_id
 
 __all__ = ["Context", "Members", "Peer", "card_fields", "card_of"]
@@ -42,12 +42,17 @@ class Context:
         self.emit = self.commands.append
         self.counts: Counter[str] = Counter()
         """Events that have a counter and no other trace: drops by reason, demotions, repairs, resends."""
-        self._writes = 0
+        self._writes = self._drawn = 0
 
     def next_write(self) -> int:
         """The number of the next thing that the disk is asked to write."""
         self._writes += 1
         return self._writes
+
+    def chance(self) -> float:
+        """A number from 0 to 1 for a wait: another one for each life of each member, so that they do not keep step."""
+        self._drawn += 1
+        return chance_of(self.id ^ self.incarnation, self._drawn)
 
     def wake_by(self, due_ns: int) -> None:
         """Something is due then."""
@@ -90,7 +95,7 @@ class Peer:
         self.heard_ns = self.data_heard_ns = now
         self.bulk_heard_ns = 0
         self.told_ns = self.probed_ns = 0
-        self.hello = Retry(HELLO_FIRST_NS, HELLO_MAX_NS, now)
+        self.hello = Retry.beyond(HELLO_FIRST_NS, HELLO_MAX_NS, now)
 
     @property
     def incarnation(self) -> int:
@@ -263,7 +268,7 @@ class Members:
                 continue
             self._judge(peer)
             if not peer.has_met and self._context.now >= peer.hello.due_ns:
-                peer.hello = peer.hello.after(self._context.now)
+                peer.hello = peer.hello.after(self._context.now, self._context.chance())
                 due.append(peer)
         return due
 

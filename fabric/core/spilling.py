@@ -13,6 +13,7 @@ from typing import Any
 
 from fabric.core.disk import AppendRecords, LoadedBurst, LoadRecords, ReleaseRecords, WriteFailed, WriteFinished
 from fabric.core.feeds import OutFeed, Place, Retention, StoredBurst
+from fabric.core.guards import Retry
 from fabric.core.members import Context, Peer, S
 from fabric.core.wire import Drop, Kind
 
@@ -21,8 +22,11 @@ __all__ = ["Question", "Spilling"]
 Question = tuple[Peer, Kind, Sequence[Any]]
 """What a peer asked for, as it came."""
 
+WRITE_AGAIN = Retry(1 * S, 2 * S)
+"""After the disk refused: space may come back, and a write that fails costs little. With full jitter that is once a
+second; the members of one host have one disk, and were refused together."""
 RETRY_NS = 1 * S
-"""After the disk refused: space may come back, and a write that fails costs little."""
+"""After the disk could not read; nobody else reads there."""
 READS_MAX = 10
 """A read that fails so often, a second apart, is given up: what it was for becomes a gap, and those behind it go on."""
 WRITING_BYTES_MAX = 16 * 1024 * 1024
@@ -45,6 +49,7 @@ class Spilling:
         self._writes: dict[int, tuple[OutFeed, StoredBurst]] = {}
         """Writes under way, by number, in their order."""
         self._refused_until_ns = self._again_ns = self._failed_reads = 0
+        self._refused = WRITE_AGAIN
         self._most = self._most_idle = retention.owed_bytes_max // 2
         """Owed in memory; what is more is written."""
         self._current: Question | None = None
@@ -102,7 +107,7 @@ class Spilling:
 
     def on_finished(self, event: WriteFinished) -> None:
         """These bursts need no memory any more. A disk that takes some is worth asking for the rest."""
-        self._refused_until_ns = 0
+        self._refused_until_ns, self._refused = 0, WRITE_AGAIN
         for number in [number for number in self._writes if number <= event.number]:
             self._retention.written(*self._writes.pop(number), done=True)
             self._context.counts["bursts_spilled"] += 1
@@ -116,7 +121,8 @@ class Spilling:
         for number in refused:
             self._retention.written(*self._writes.pop(number), done=False)
         self._context.counts["writes_failed"] += 1
-        self._refused_until_ns = self._context.now + RETRY_NS
+        self._refused = self._refused.after(self._context.now, self._context.chance())
+        self._refused_until_ns = self._refused.due_ns
         self._context.wake_by(self._refused_until_ns)
 
     def on_expired(self, out: OutFeed, first: int, end: int) -> None:

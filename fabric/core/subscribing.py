@@ -40,7 +40,7 @@ FEEDS_PER_SUBSCRIPTION_MAX = 100_000
 LATER_MAX = 4096
 """Feeds of one topic that wait for the one before; a publisher remembers as many lives."""
 HELLO_POSITIONS_MAX = 4
-REGISTER = Retry(50 * MS, 1000 * MS)
+REGISTER = Retry.beyond(50 * MS, 1000 * MS)
 
 
 class Subscribing:
@@ -89,7 +89,7 @@ class Subscribing:
 
     def _leave(self, peer: Peer, number: int, *, rests: bool, retry: Retry = REGISTER) -> None:
         """Repeated until the publisher says that it does not know this subscription: it would owe it for ever."""
-        again = retry.after(self._context.now)
+        again = retry.after(self._context.now, self._context.chance())
         self._leaving[peer.name, number] = again, rests
         self._context.wake_by(again.due_ns)
         self._context.send(peer.name, Kind.UNREGISTER, number, rests)
@@ -195,7 +195,7 @@ class Subscribing:
             del self._leaving[key]
 
     def _register(self, subscription: Subscription, peer: Peer, *, from_start: bool, retry: Retry = REGISTER) -> None:
-        again = retry.after(self._context.now)
+        again = retry.after(self._context.now, self._context.chance())
         self._context.wake_by(again.due_ns)
         subscription.asked[peer.name] = again, from_start
         self._context.send(peer.name, Kind.REGISTER, *subscription.fields(peer.name, from_start=from_start))

@@ -20,7 +20,7 @@ import msgpack
 
 from fabric.config import Handlers
 from fabric.core import events
-from fabric.core.guards import Breaker, BreakerState
+from fabric.core.guards import Breaker, BreakerState, chance_of
 from fabric.core.wire import ADDRESSED, TOMBSTONE, Drop, checksum_of, encode_descriptor
 from fabric.engine.handler import Handler, Job
 from fabric.engine.inbox import Inbox
@@ -262,8 +262,9 @@ class Dispatcher:
 
     def _try_again_later(self, handler: Handler, message: TriedMessage) -> None:
         message.attempt += 1
-        message.retry = message.retry.after(self.engine.clock())
-        heappush(handler.retries, (message.retry.due_ns, next(self._order), message.lane))
+        order, context = next(self._order), self.engine.core.context
+        message.retry = message.retry.after(self.engine.clock(), chance_of(context.id ^ context.incarnation, order))
+        heappush(handler.retries, (message.retry.due_ns, order, message.lane))
 
     def _attempt(self, handler: Handler, job: Job) -> bool:
         """Whether the lane goes on: the message is settled, or will be whatever the lane does. Else it waits."""

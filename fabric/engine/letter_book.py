@@ -22,7 +22,6 @@ class Entry:
     """One letter, without its value."""
 
     facts: LetterRow
-    whole: bool
     written: bool = True
     asked: bool = False
     """Whether it is to come again."""
@@ -37,7 +36,12 @@ class Entry:
     @classmethod
     def of(cls, facts: LetterRow, *, written: bool = True) -> Entry:
         """The letter of a row."""
-        return cls(replace(facts, value=b"", metadata=b""), not facts.is_cut, written)
+        return cls(replace(facts, value=b"", metadata=b""), written)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it can come again."""
+        return not self.facts.is_cut
 
     @property
     def is_letter(self) -> bool:
@@ -158,7 +162,7 @@ class LetterBook:
         if entry.asked:
             return "it is on its way already"
         if not entry.whole:
-            return "its value was too large to be kept whole"
+            return entry.facts.cut
         if not takes(entry.facts.subscription):
             return "nobody here handles its pattern"
         if entry.facts.parked and number not in first[lane_of(entry.facts)]:

@@ -5,15 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from fabric.core import events
-from fabric.core.wire import ADDRESSED, HAS_METADATA, NONE, Burst, checksum_of, encode_burst
+from fabric.core.wire import (
+    ADDRESSED,
+    HAS_ADDRESSED,
+    HAS_METADATA,
+    NONE,
+    Burst,
+    checksum_of,
+    encode_burst,
+    encode_descriptor,
+)
 from fabric.message import Message, RedrivenFeed
-from fabric.storage.letter_rows import LetterRow
+from fabric.storage.letter_rows import SPILLED, LetterRow
 
 if TYPE_CHECKING:
     from fabric.config import Letters
     from fabric.core.lanes import InboundFeed
 
-__all__ = ["Burial", "cut_text", "letter_of", "message_of", "notice_of"]
+__all__ = ["TOO_LARGE", "Burial", "cut_text", "letter_of", "message_of", "notice_of"]
+
+
+TOO_LARGE = "its value is larger than letters.value_bytes_max"
 
 
 class Burial(NamedTuple):
@@ -26,8 +38,9 @@ class Burial(NamedTuple):
 
 
 def letter_of(message: Message, name: str, why: Burial, limits: Letters, now_ns: int) -> LetterRow:
-    """A message as a letter that has no number yet; what is too large of it is cut."""
+    """A message as a letter that has no number yet; of a large value it has the head."""
     burst, row, blob = message._burst, message._row, message._blob()
+    is_large, is_too_large = blob.nbytes > limits.record_bytes_max, blob.nbytes > limits.value_bytes_max
     return LetterRow(
         id=0,
         kind="letter",
@@ -50,6 +63,7 @@ def letter_of(message: Message, name: str, why: Burial, limits: Letters, now_ns:
         checksum=checksum_of(blob),
         metadata=burst.metadata(row),
         value=bytes(blob[: limits.record_bytes_max]),
+        cut="" if not is_large else TOO_LARGE if is_too_large else SPILLED,
     )
 
 
@@ -77,6 +91,7 @@ def notice_of(command: events.ReportGap, name: str, now_ns: int) -> LetterRow:
         checksum=0,
         metadata=b"",
         value=b"",
+        cut="",
     )
 
 
@@ -90,9 +105,11 @@ def message_of(row: LetterRow, number: int) -> events.Deliver:
     feed: Any = RedrivenFeed(row.id, number, row.source, row.topic, row.incarnation, row.first, parked=row.parked)
     metadata = [row.metadata] if row.metadata else None
     lane = [row.seed], [row.sequence], [NONE]
-    frame = encode_burst(
-        0, row.incarnation, row.first, row.published_ns, *lane, [row.value_kind], [row.value], metadata
-    )
-    flags = HAS_METADATA if metadata else 0
+    is_addressed = row.cut == SPILLED
+    kind = row.value_kind | (ADDRESSED if is_addressed else 0)
+    body = encode_descriptor(row.size, row.checksum) if is_addressed else row.value
+    frame = encode_burst(0, row.incarnation, row.first, row.published_ns, *lane, [kind], [body], metadata)
+    flags = (HAS_METADATA if metadata else 0) | (HAS_ADDRESSED if is_addressed else 0)
     burst = Burst(frame, 0, row.incarnation, row.first, 1, flags, row.published_ns)
+    burst.payloads = {row.first: row.value} if is_addressed else None  # not copied once more
     return events.Deliver(number, cast("InboundFeed", feed), burst, None, burst.size)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fabric.core.guards import Retry
 from fabric.errors import FabricError, LettersDamagedError, LetterStoreError
 from fabric.storage.letter_rows import LetterRow
 
 if TYPE_CHECKING:
+    from fabric.engine.letter_values import LetterValues
     from fabric.engine.storing import Outcome, Storekeeper, Wish
     from fabric.errors import SpillError
     from fabric.storage.dead_letters import DeadLetterStore
@@ -29,8 +31,9 @@ __all__ = [
 
 log = logging.getLogger("fabric.storage")
 
-RETRY_NS = 1_000_000_000
-"""What the store refuses is asked again after so long, or with the next wish."""
+_AGAIN = Retry(1_000_000_000, 2_000_000_000)
+"""In nanoseconds. What the store refuses is asked again then, or with the next wish. With full jitter that is once a
+second; the members of one host have one disk, and were refused together."""
 
 
 class LetterWish:
@@ -41,10 +44,14 @@ class LetterWish:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WriteLetter(LetterWish):
-    """Keep a letter; `then` is called once it is kept, which may take until there is room."""
+    """Keep a letter; `then` is called once it is kept, which may take until there is room.
+
+    `value`: all of it, if the letter has only its head. It holds no memory of its own: its record waits, too.
+    """
 
     letter: LetterRow
     then: Callable[[], None]
+    value: memoryview | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,8 @@ class LetterKeeper:
 
     `open_store` is called where it is used; `open_page` too, if letters outlive this process. `remembers`: whether a
     store without letters is kept for the sake of those that were. `damaged` is told of every damage, and which letters
-    it took; `refused` why a write waits, and None when writes are taken again.
+    it took; `cut` of which letter only the head of its value is left, and why; `refused` why a write waits, and None
+    when writes are taken again.
     """
 
     def __init__(
@@ -95,22 +103,26 @@ class LetterKeeper:
         *,
         open_page: Callable[[], HandPage] | None = None,
         remembers: bool = True,
+        chance: Callable[[], float] = lambda: 1.0,
     ) -> None:
-        self._remembers = remembers
+        self._remembers, self._chance = remembers, chance
         self._open_store, self._open_page, self._clock = open_store, open_page, clock
         self._store: DeadLetterStore | None = None
         self._waiting: list[LetterWish] = []
         self._former: frozenset[int] = frozenset()
         """What was in the store before it was damaged."""
-        self._retry_ns = 0
+        self._again = _AGAIN
         self.damaged: Callable[[list[int]], None] = lambda numbers: None
+        self.cut: Callable[[int, str], None] = lambda number, why: None
         self.refused: Callable[[FabricError | None], None] = lambda error: None
         self.error: FabricError | None = None
+        self.values: LetterValues | None = None
+        """Where values lie that are too large for a row; None: nowhere."""
 
     @property
     def due_ns(self) -> int | None:
         """When what waits is tried again; None if nothing waits."""
-        return self._retry_ns if self._waiting else None
+        return self._again.due_ns if self._waiting else None
 
     def work(self, wishes: Iterable[LetterWish]) -> None:
         """What is asked for, and what waited, in order; as far as the store takes it."""
@@ -124,10 +136,15 @@ class LetterKeeper:
         except FabricError as error:
             refusal = error
         self._waiting = [wish for at, wish in enumerate(batch) if at not in done and not _is_notice(wish)]
-        self._retry_ns = self._clock() + RETRY_NS
+        self._again = (self._again if self._waiting else _AGAIN).after(self._clock(), self._chance())
         self._note(refusal)
+        self._discard([each.letter.id for at in done if isinstance(each := batch[at], EndLetter)])
         for at in sorted(done):
             self._answer(batch[at])
+
+    def _discard(self, numbers: Collection[int]) -> None:
+        if self.values is not None:
+            self.values.discard(numbers)
 
     def _try(self, batch: Sequence[LetterWish]) -> tuple[set[int], FabricError | None]:
         """As `_commit`; damage is mended, and then it is tried once more."""
@@ -142,7 +159,7 @@ class LetterKeeper:
         if self._store is None:
             self._store = self._open_store()
             if self._store.damages:
-                self.damaged(sorted(number for number in self._former if number not in self._store))
+                self._lose(sorted(number for number in self._former if number not in self._store))
             self._former = frozenset()
         return self._store
 
@@ -157,7 +174,11 @@ class LetterKeeper:
             self._store = None
             raise
         lost, store.lost = store.lost, []
-        self.damaged(lost)
+        self._lose(lost)
+
+    def _lose(self, numbers: list[int]) -> None:
+        self._discard(numbers)
+        self.damaged(numbers)
 
     def _commit(self, store: DeadLetterStore, batch: Sequence[LetterWish]) -> tuple[set[int], FabricError | None]:
         """Which of them are done, and why others wait: behind a letter that has no room, no other is written."""
@@ -168,7 +189,7 @@ class LetterKeeper:
                 if isinstance(wish, WriteLetter):
                     missing = store.refusal(wish.letter) or (None if _is_notice(wish) else refusal)
                     if missing is None:
-                        store.add(wish.letter)
+                        store.add(self._placed(store, wish))
                     elif not _is_notice(wish):
                         refusal = missing
                         continue
@@ -178,6 +199,18 @@ class LetterKeeper:
                     store.end(wish.letter)
                 done.add(at)
         return done, refusal
+
+    def _placed(self, store: DeadLetterStore, wish: WriteLetter) -> LetterRow:
+        """The row of a letter, whose large value the log has now; if not, it says why."""
+        if wish.value is None:
+            return wish.letter
+        why = "there is no spill log"
+        if self.values is not None:
+            why = self.values.keep(wish.letter.id, wish.value, store.limits.values_bytes_max)
+        if not why:
+            return wish.letter
+        self.cut(wish.letter.id, why)
+        return replace(wish.letter, cut=why)
 
     @staticmethod
     def _change(store: DeadLetterStore, wish: ChangeLetter) -> None:
@@ -210,14 +243,17 @@ class LetterKeeper:
         store = self._opened()
         try:
             try:
-                return store.read(number)
+                return self._whole(store.read(number))
             except LettersDamagedError as error:
                 if number not in store:
                     return error
                 self._mend(store, error)
-            return store.read(number)
+            return self._whole(store.read(number))
         except FabricError as error:
             return error
+
+    def _whole(self, row: LetterRow) -> LetterRow:
+        return row if self.values is None else self.values.whole(row)
 
     def _load(self, wish: LoadLetters) -> None:
         page = None
@@ -226,7 +262,8 @@ class LetterKeeper:
         except FabricError as error:
             log.error("what was in hand when the last life ended cannot be counted: %s", error)
         try:
-            wish.then(self._opened().letters(), page)
+            rows = self._opened().letters()
+            wish.then(rows if self.values is None else self.values.matched(rows), page)
         except FabricError as error:
             self._note(error)
             self._waiting.append(wish)
@@ -264,6 +301,8 @@ class Desk:
 
     def __init__(self, spill: Storekeeper, letters: LetterKeeper) -> None:
         self._spill, self.letters = spill, letters
+        letters.values = spill.values
+        spill.values.cut = lambda number, why: letters.cut(number, why)
 
     @property
     def error(self) -> SpillError | None:
@@ -271,9 +310,9 @@ class Desk:
         return self._spill.error
 
     @property
-    def is_retrying(self) -> bool:
-        """Whether something waits to be tried again."""
-        return self.letters.due_ns is not None
+    def due_ns(self) -> int | None:
+        """When something that was refused is tried again; None if nothing was."""
+        return self.letters.due_ns
 
     def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
         """All of them; each room has its own in order."""

@@ -1,7 +1,8 @@
 """The dead letters of one member: what is kept of them in memory, and what is asked of their store.
 
 Dead letters are written by the storage thread, together with all that wait, and only then do their offsets settle. A
-store that refuses is asked again every second; until it takes a letter, the lane of that letter waits, and nobody else.
+store that refuses is asked again after a while; until it takes a letter, the lane of that letter waits, and nobody
+else.
 
 A letter that is redriven comes to its handler or subscription as if it had just arrived, in the hand of a
 `RedrivenFeed`; when it is handled there it leaves the store, which remembers it. Of a parked lane only the oldest
@@ -35,7 +36,7 @@ from fabric.engine.lettering import (
 from fabric.errors import FabricError, LettersDamagedError
 from fabric.message import Message, RedrivenFeed
 from fabric.storage.hand_page import key_of
-from fabric.storage.letter_rows import LetterRow
+from fabric.storage.letter_rows import SPILLED, LetterRow
 
 if TYPE_CHECKING:
     from fabric.engine.inbox import Inbox
@@ -53,6 +54,7 @@ _COUNTS = (
     "letters_redriven",
     "letters_died_again",
     "letters_discarded",
+    "letters_cut",
     "letters_known",
     "letters_forgotten",
     "letters_lost",
@@ -188,7 +190,8 @@ class Letters:
             elif not known.written:
                 known.then.append(then)
         if known is None:
-            self._ask(WriteLetter(facts, lambda: self._on_written(entry)))
+            value = message._blob() if facts.cut == SPILLED else None
+            self._ask(WriteLetter(facts, lambda: self._on_written(entry), value))
         elif known.written:
             then()
 
@@ -252,6 +255,14 @@ class Letters:
         self.error = error
         if error is not None:
             self._engine.counts["letters_refused"] += 1
+
+    def on_cut(self, number: int, why: str) -> None:
+        """The spill log has not, or not any more, the value of this letter: it stays, and cannot come again."""
+        with self._lock:
+            entry = self._book.entries.get(number)
+            if entry is not None:
+                entry.facts = replace(entry.facts, cut=why)
+                self._engine.counts["letters_cut"] += 1
 
     def on_damaged(self, numbers: Iterable[int]) -> None:
         """The store was damaged, and mended; these letters are lost."""
@@ -343,12 +354,13 @@ class Letters:
                 entry = self._book.entries.get(number)
                 is_ours = entry is not None and entry.sent == ticket
                 inbox = self._takers.get(entry.facts.subscription) if entry is not None and is_ours else None
-                if entry is not None and inbox is not None and isinstance(row, FabricError):
+                refusal = row if isinstance(row, FabricError) else row.cut if row.is_cut else None
+                if entry is not None and inbox is not None and refusal is not None:
                     self._return(entry)
             if isinstance(row, LettersDamagedError):
                 self._lose([number])
-            elif isinstance(row, FabricError):
-                log.warning("letter %d is not redriven: %s", number, row)
+            elif isinstance(row, FabricError) or row.is_cut:
+                log.warning("letter %d is not redriven: %s", number, refusal)
             elif inbox is not None:
                 inbox.items.append(message_of(row, inbox.number))
         self._engine.on_progress()

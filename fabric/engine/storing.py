@@ -26,6 +26,7 @@ from fabric.core.disk import (
     WriteFailed,
     WriteFinished,
 )
+from fabric.engine.letter_values import LetterValues
 from fabric.engine.lettering import LetterWish
 from fabric.errors import SpillError, SpillFullError
 from fabric.storage.records import Entry, Kind
@@ -51,8 +52,7 @@ EXPIRY_NS = 1_000_000_000
 """Between two looks for what is too old: ages are hours."""
 IDLE_S = 10.0
 """The thread looks so often for what is too old, though nobody asks for anything."""
-RETRY_S = 1.0
-"""... and so often while something was refused that will be tried again."""
+S = 1_000_000_000
 ENDING_S = 2.0
 """A close waits no longer for a disk that hangs."""
 
@@ -82,8 +82,8 @@ class Keeper(Protocol):
         """Why the last write was refused; None if it was not."""
 
     @property
-    def is_retrying(self) -> bool:
-        """Whether something that was refused will be tried again soon."""
+    def due_ns(self) -> int | None:
+        """When something that was refused is tried again; None if nothing was."""
 
     def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
         """All of them, in order."""
@@ -111,9 +111,14 @@ class Storekeeper:
         self._incarnation, self._open_log, self._wall_ns, self._state = incarnation, open_log, wall_ns, state
         self._expires_ns = 0
         self._log: SpillLog | None = state.log if state is not None else None
+        self.values = LetterValues(incarnation, self._opened, outlives=state is not None)
+        """Those of dead letters that lie in the log."""
+        if state is not None:
+            self.values.adopt(state.log)
         self._named: set[int] = set()
         self.error: SpillError | None = None
-        self.is_retrying = self._save_refused = False
+        self.due_ns: int | None = None  # the core asks again
+        self._save_refused = False
 
     def work(self, wishes: Iterable[Wish]) -> list[Outcome]:
         """All of them, in order; appends that follow each other are one write."""
@@ -157,7 +162,8 @@ class Storekeeper:
             return []
         self._expires_ns = now + EXPIRY_NS
         try:
-            lost = spill.expire(now)
+            lost = self.values.expired(spill.expire(now))
+            self.values.move()
         except SpillError as error:
             log.warning("segments of the spill log that are too old cannot be deleted: %s", error)
             return []
@@ -188,17 +194,20 @@ class Storekeeper:
                 refused.append(wish)
         return last, refused
 
+    def _opened(self) -> SpillLog:
+        if self._log is None:
+            self._log = self._open_log()
+        return self._log
+
     def _write(self, wishes: Sequence[AppendRecords]) -> SpillError | None:
         """Why nothing of it was taken; None if it was."""
         try:
             if self._state is not None:
                 self._state.require_directory()
-            if self._log is None:
-                self._log = self._open_log()
-            power = any(wish.sync == "power" for wish in wishes)
-            self._log.append(self._entries(wishes), hold=power)
+            spill, power = self._opened(), any(wish.sync == "power" for wish in wishes)
+            spill.append(self._entries(wishes), hold=power)
             if power:
-                self._log.sync()
+                spill.sync()
         except SpillError as error:
             for part in (error, error.__cause__):
                 if part is not None:
@@ -340,7 +349,8 @@ class ThreadedStore:
         """Wait for a wish; it, and those that wait behind it: now and then nothing. And whether it is the end."""
         wishes: list[Wish] = []
         try:
-            wish = self._wishes.get(timeout=RETRY_S if self._keeper.is_retrying else IDLE_S)
+            due_ns, now_ns = self._keeper.due_ns, self._engine.clock()
+            wish = self._wishes.get(timeout=IDLE_S if due_ns is None else max(0.0, (due_ns - now_ns) / S))
         except Empty:
             return wishes, False
         while wish is not None:

@@ -231,6 +231,11 @@ class DeadLetterStore:
 
     # Writing.
 
+    @property
+    def limits(self) -> Letters:
+        """Its ceilings."""
+        return self._limits
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """What is changed in here is on disk when it ends, or nothing of it. Raises `LetterStoreError`s."""
@@ -331,7 +336,7 @@ class DeadLetterStore:
         """
         if not self.remove(letter.id) or not self._durable:
             return
-        over = replace(letter, kind="over", detail="", metadata=b"", value=b"")
+        over = replace(letter, kind="over", detail="", metadata=b"", value=b"", cut="")
         with self._translated():
             self._ready().execute(_INSERT, to_row(over))
         self._take(letter.id, None, "over")

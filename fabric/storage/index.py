@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from fabric.storage.records import Entry, Header, Kind
@@ -98,6 +98,10 @@ class FeedIndex:
                 del column[:head]
             self._head = 0
         return gone
+
+    def discard(self, firsts: Collection[int]) -> int:
+        """Forget the bursts that begin there; how many those were."""
+        return len(self._keep(lambda place: place.first not in firsts))
 
     def drop(self, segment: int) -> list[tuple[int, int]]:
         """Forget what lies in this segment; the offsets, each burst as a range."""
@@ -196,6 +200,21 @@ class Contents:
         index = self.feeds.get(feed)
         if index is not None:
             self.bursts -= index.release(below)
+
+    def discard(self, feed: int, firsts: Collection[int], segments: Iterable[Segment]) -> None:
+        """These bursts are not needed, whatever lies before them; nor are older copies of the others."""
+        index = self.feeds[feed]
+        self.bursts -= index.discard(firsts)
+        ends = {place.segment: place.end for place in index}  # in order: the last one of each segment counts
+        for segment in segments:
+            if segment.ends.pop(feed, None) is not None and segment.number in ends:
+                segment.ends[feed] = ends[segment.number]
+
+    def alone(self, segment: Segment, feed: int) -> list[int]:
+        """Where the bursts of this feed in a segment begin, if no other feed needs it."""
+        if any(end > self.feeds[other].below for other, end in segment.ends.items() if other != feed):
+            return []
+        return [place.first for place in self.places(feed) if place.segment == segment.number]
 
     def is_needed(self, segment: Segment) -> bool:
         """Whether anything in it is not released. The feed that needed it last is asked first."""

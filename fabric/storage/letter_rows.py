@@ -10,7 +10,18 @@ from typing import Any
 import msgpack
 from xxhash import xxh3_64_intdigest
 
-__all__ = ["COLUMNS", "KEY", "LETTERS_LOCK", "OVERHEAD_BYTES", "SCHEMA", "LetterKey", "LetterRow", "from_row", "to_row"]
+__all__ = [
+    "COLUMNS",
+    "KEY",
+    "LETTERS_LOCK",
+    "OVERHEAD_BYTES",
+    "SCHEMA",
+    "SPILLED",
+    "LetterKey",
+    "LetterRow",
+    "from_row",
+    "to_row",
+]
 
 LETTERS_LOCK = "letters.lock"
 """Held by who has the store; who sweeps looks for it, and needs no SQLite."""
@@ -19,6 +30,8 @@ LetterKey = tuple[str, str, int, str, int]
 OVERHEAD_BYTES = 512
 """What a row counts for beside its value, metadata and detail: names, numbers, its entry in the index."""
 _TOP = 1 << 63
+SPILLED = "spilled"
+"""Of a value: the row has its head, the spill log of its member all of it, at the number of the letter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +65,13 @@ class LetterRow:
     buried_ns: int
     value_kind: int
     size: int
-    """Of the whole value, in bytes; `value` may be cut."""
+    """Of the whole value, in bytes; `value` may be its head."""
     checksum: int
     """XXH3-64 of the whole value."""
     metadata: bytes
     value: bytes
+    cut: str
+    """Empty if `value` is whole; `SPILLED`; or why nobody has it whole any more."""
 
     @property
     def key(self) -> LetterKey:
@@ -66,12 +81,13 @@ class LetterRow:
     @property
     def bytes(self) -> int:
         """What it counts for."""
-        return OVERHEAD_BYTES + len(self.detail.encode()) + len(self.metadata) + len(self.value)
+        texts = len(self.detail.encode()) + len(self.cut.encode())
+        return OVERHEAD_BYTES + texts + len(self.metadata) + len(self.value)
 
     @property
     def is_cut(self) -> bool:
-        """Whether its value is not all here."""
-        return len(self.value) < self.size
+        """Whether nobody has its value whole."""
+        return self.cut not in ("", SPILLED)
 
 
 COLUMNS = (*(column.name for column in fields(LetterRow)), "sum")

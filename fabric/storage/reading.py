@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from fabric.errors import DamagedRecordError, InternalError
 from fabric.storage.index import Contents, Place
 from fabric.storage.records import Entry, Kind, MalformedEntryError, Reason, read_entry
@@ -36,6 +39,12 @@ class Reader:
         if (header.kind, header.feed, header.first, header.end) != (Kind.BURST, feed, first, place.end):
             raise self._damaged(feed, place, MalformedEntryError(Reason.HEADER))
         return entry
+
+    def all(self) -> Iterator[Entry]:
+        """All bursts in the order of writing, but for damaged ones."""
+        for feed, first in self._contents.in_order():
+            with contextlib.suppress(DamagedRecordError):
+                yield self.read(feed, first)
 
     def _damaged(self, feed: int, place: Place, error: Exception) -> DamagedRecordError:
         """Note it once, and name it."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fabric.config import Spill
-from fabric.errors import SpillFullError, SpillLockedError, StateDirectoryError
+from fabric.errors import SpillBrokenError, SpillFullError, SpillLockedError, StateDirectoryError
 from fabric.storage.disk import IOV_MAX, Bytes, Directory, DiskFile
 from fabric.storage.records import HEAD_BYTES, SegmentHead, encode_head
 from fabric.storage.recovering import Found, segment_name
@@ -279,6 +279,15 @@ class Shelf:
                 with contextlib.suppress(OSError):
                     file.close()
         self._directory.sync()
+
+    def remove_rest(self) -> None:
+        """Remove the lock, and the directory if it is empty then. Raises `SpillBrokenError`."""
+        try:
+            self._directory.unlink(LOCK)
+            if not self._directory.names():
+                self._directory.remove()
+        except OSError as error:
+            raise SpillBrokenError(f"it cannot be removed: {error}", directory=self._path) from error
 
     def close(self) -> None:
         """Close all files; nothing is written."""

@@ -16,14 +16,13 @@ from __future__ import annotations
 import errno
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from fabric.config import Spill
 from fabric.errors import (
     ClosedError,
-    DamagedRecordError,
     InternalError,
     SpillBrokenError,
     SpillError,
@@ -35,7 +34,7 @@ from fabric.storage.index import Contents, Place
 from fabric.storage.reading import Reader
 from fabric.storage.records import HEAD_BYTES, Entry, Header, Kind, Reason, encode_group, most_bytes, owned
 from fabric.storage.recovering import Damage, Span, recover
-from fabric.storage.segments import LOCK, Segment, Shelf, take_lock, write_all
+from fabric.storage.segments import Segment, Shelf, take_lock, write_all
 
 __all__ = ["Damage", "Entry", "Kind", "Reason", "Span", "SpillLog"]
 
@@ -191,15 +190,8 @@ class SpillLog:
         return Span(feed, place.first, place.end) if place is not None else None
 
     def recovered(self) -> Iterator[Entry]:
-        """All bursts that are here, in the order in which they were written; read one at a time.
-
-        A burst that turns out damaged is left out and stands in `damage`.
-        """
-        for feed, first in self._contents.in_order():
-            try:
-                yield self.read(feed, first)
-            except DamagedRecordError:
-                continue
+        """All bursts in the order of writing, read one at a time. A damaged one is left out and stands in `damage`."""
+        return self._reader.all()
 
     def read(self, feed: int, first: int) -> Entry:
         """The burst that begins with this offset, verified.
@@ -390,6 +382,22 @@ class SpillLog:
         """
         self._check_open()
         self._contents.release(feed, below)
+        self._delete_unneeded()
+
+    def discard(self, feed: int, firsts: Collection[int]) -> None:
+        """These bursts are not needed, whatever lies before them. Raises as `release`."""
+        self._check_open()
+        self._contents.discard(feed, firsts, self._shelf)
+        self._delete_unneeded()
+
+    def held_up(self, feed: int) -> list[int]:
+        """Where the bursts of this feed begin that alone keep the oldest segment of a log that is half full."""
+        segment = self._shelf.oldest()
+        if segment is None or self._is_last(segment) or 2 * self.bytes <= self._limits.bytes_max:
+            return []
+        return self._contents.alone(segment, feed)
+
+    def _delete_unneeded(self) -> None:
         segment = self._shelf.oldest()
         while segment is not None and not (self._is_last(segment) or self._contents.is_needed(segment)):
             self._delete(segment)
@@ -475,17 +483,9 @@ class SpillLog:
             for segment in list(self._shelf):
                 self._delete(segment)
             self._shelf.discard_spare()
-            self._remove_rest()
+            self._shelf.remove_rest()
         finally:
             self.abandon()
-
-    def _remove_rest(self) -> None:
-        try:
-            self._directory.unlink(LOCK)
-            if not self._directory.names():
-                self._directory.remove()
-        except OSError as error:
-            raise SpillBrokenError(f"it cannot be removed: {error}", directory=self._path) from error
 
     def abandon(self) -> None:
         """Close all descriptors and touch nothing: what a forked child does. The parent's lock is not ours to lose."""

@@ -28,13 +28,16 @@ from fabric.storage.recovering import Damage
 from fabric.storage.segments import write_all
 from fabric.storage.spill import SpillLog
 
-__all__ = ["LETTERS", "FeedName", "KeptFeed", "MemberState", "read_owner"]
+__all__ = ["LETTERS", "LETTERS_FEED", "FeedName", "KeptFeed", "MemberState", "read_owner"]
 
 log = logging.getLogger("fabric.storage")
 
 LIFE, REGISTRATIONS = "life", "registrations"
 LETTERS = "letters"
 """The directory of the dead letters; it is not there without any."""
+LETTERS_FEED = 2**64 - 1
+"""Under which a log keeps the large values of dead letters, each at the number of its letter. Feeds of members are
+hashes: this one is as unlikely among them as any."""
 _NEW = ".new"
 _FILE_BYTES_MAX = 256 * 1024 * 1024
 """Ten million positions of subscriptions in feeds; what is larger is none of ours."""
@@ -179,7 +182,7 @@ class MemberState:
 
     def _kept(self) -> Iterator[KeptFeed]:
         for feed, entry in self.log.names.items():
-            if entry.incarnation == self.incarnation:
+            if entry.incarnation == self.incarnation or feed == LETTERS_FEED:
                 continue
             name = FeedName.decode(bytes(entry.frame))
             is_certain = self._is_certain(entry.incarnation, name)

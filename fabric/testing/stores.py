@@ -61,8 +61,9 @@ class WorldStore:
         self.disk = disk if disk is not None else FakeDisk()
         self.is_harmed = False
         """Whether it was ever damaged: only then may it lose what it took."""
-        letters = LetterKeeper(self._open_letters, engine.clock)
+        letters = LetterKeeper(self._open_letters, engine.clock, chance=Random(f"{seed} again").random)
         letters.refused, letters.damaged = engine.letters.on_refused, engine.letters.on_damaged
+        letters.cut = engine.letters.on_cut
         self._keeper = Desk(Storekeeper(engine.card.incarnation, self._open, engine.wall_ns, state), letters)
         self._wishes: deque[tuple[int, Wish]] = deque()
 

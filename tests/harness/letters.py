@@ -41,6 +41,7 @@ def letter(number: int, value: bytes = b"", **others: Any) -> LetterRow:
         "checksum": xxh3_64_intdigest(value),
         "metadata": b"",
         "value": value,
+        "cut": "",
     }
     return LetterRow(**{**fields, **others})
 

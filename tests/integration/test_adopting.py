@@ -142,7 +142,7 @@ def test_an_observer_adopts_and_finds_the_dead_letters(state: Path) -> None:
         def handle(message: Any) -> None:
             raise ValueError("no")
 
-        fabric.publisher("work", policy="durable").publish(7)
+        fabric.publisher("work", policy="durable").publish(bytes(3_000_000))
         until(lambda: len(fabric.dead_letters) == 1, what="the letter")
     with join(rank=0, world_size=1, job="alone") as fabric, observe("alone", name="operator") as operator:
         with pytest.raises(ConfigError, match="is here itself"):
@@ -152,7 +152,11 @@ def test_an_observer_adopts_and_finds_the_dead_letters(state: Path) -> None:
         assert [orphan.name for orphan in operator.orphans(state_directory=state)] == ["rank-0"]
         with adopt(operator, "rank-0", state_directory=state) as past:
             (letter,) = past.dead_letters
-            assert letter.topic == "work"
+            assert letter.topic == "work" and letter.value() == bytes(3_000_000), "its value lies in the log"
+        assert [orphan.name for orphan in operator.orphans(state_directory=state)] == ["rank-0"], "it has a letter"
+        with adopt(operator, "rank-0", state_directory=state) as past:
+            assert past.dead_letters.discard(past.dead_letters) == 1
+        assert operator.orphans(state_directory=state) == [] and not list(state.glob("member-*"))
 
 
 def test_bad_names_second_adopters_and_the_closed_are_refused(state: Path, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ async def test_an_inbox_that_acknowledges_by_itself_handles_a_letter_with_the_ne
     await face.until(lambda: not len(b.dead_letters))
 
 
-@played()
+@played(config=replace(DEFAULT, letters=Letters(value_bytes_max=4_000_000)))
 async def test_values_of_all_sizes_come_again_and_a_cut_one_does_not(face: Any, a: Any, b: Any) -> None:
     failing, seen = [True], []
 
@@ -167,18 +167,19 @@ async def test_values_of_all_sizes_come_again_and_a_cut_one_does_not(face: Any, 
 
     publisher = a.publisher("t")
     await publisher.wait_for_subscribers(1)
-    for size in (10, 100_000, 2_000_000):
+    for size in (10, 100_000, 2_000_000, 5_000_000):
         await publisher.publish(np.ones(size, np.uint8), metadata={"size": size})
     await publisher.flush(timeout_s=20)
-    small, large, cut = b.dead_letters
-    assert ((await value_of(large)) == 1).all() and large.size > 100_000
-    with pytest.raises(SchemaError, match="only 1048576 of"):
+    small, large, spilled, cut = b.dead_letters
+    for letter, size in ((large, 100_000), (spilled, 2_000_000)):
+        assert (await value_of(letter)).sum() == size and letter.size > size and not letter.cut
+    with pytest.raises(SchemaError, match=r"only 1048576 of .* larger than letters\.value_bytes_max"):
         await value_of(cut)
     failing.clear()
     report = b.dead_letters.redrive(b.dead_letters)
-    assert (report.queued, report.refused) == ((small, large), ((cut, "its value was too large to be kept whole"),))
+    assert (report.queued, report.refused) == ((small, large, spilled), ((cut, cut.cut),))
     await face.until(lambda: list(b.dead_letters) == [cut])
-    assert seen == [(10, {"size": 10}), (100_000, {"size": 100_000})]
+    assert seen == [(size, {"size": size}) for size in (10, 100_000, 2_000_000)]
 
 
 FULL = replace(DEFAULT, letters=Letters(rows_max=2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fabric.core.guards import Breaker, BreakerState, Bucket, Budget, Retry
+from fabric.core.guards import Breaker, BreakerState, Bucket, Budget, Retry, chance_of
 
 S = 1_000_000_000
 PAUSES = st.integers(0, 3 * S)
@@ -27,12 +27,34 @@ def test_a_wait_is_drawn_from_zero_to_a_ceiling_that_doubles(
 @given(st.integers(1, S), st.integers(0, S))
 def test_without_chance_the_wait_is_whole_and_one_that_is_postponed_does_not_grow(first_ns: int, now_ns: int) -> None:
     retry = Retry(first_ns, 4 * first_ns)
-    assert retry.postponed(now_ns) == (first_ns, 4 * first_ns, now_ns + first_ns)
+    assert retry.postponed(now_ns) == (first_ns, 4 * first_ns, now_ns + first_ns, 0)
     waits = []
     for _ in range(4):
         retry = retry.after(now_ns)
         waits.append(retry.due_ns - now_ns)
     assert waits == [first_ns, 2 * first_ns, 4 * first_ns, 4 * first_ns]
+
+
+@given(st.integers(1, S), st.integers(0, 5 * S), st.lists(st.floats(0, 1), max_size=40))
+def test_the_first_wait_for_an_answer_is_whole_and_none_is_shorter(
+    least_ns: int, more_ns: int, chances: list[float]
+) -> None:
+    retry = Retry.beyond(least_ns, least_ns + more_ns)
+    for attempt, chance in enumerate(chances):
+        ceiling_ns = retry.wait_ns
+        retry = retry.after(0, chance)
+        assert least_ns <= retry.due_ns <= ceiling_ns
+        assert attempt or retry.due_ns == least_ns
+        assert retry.postponed(0).least_ns == retry.rested().least_ns == least_ns
+
+
+def test_chance_follows_from_who_draws_and_how_often() -> None:
+    reference = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # splitmix64.c of Vigna, seed 0
+    assert [int(chance_of(0, n) * 2**53) for n in (1, 2, 3)] == [word >> 11 for word in reference]
+    drawn = [chance_of(seed, n) for seed in range(100) for n in range(100)]
+    assert len(set(drawn)) == 10_000 and min(drawn) >= 0 and max(drawn) < 1
+    tenths = [sum(n <= 10 * each < n + 1 for each in drawn) for n in range(10)]
+    assert min(tenths) > 900 and max(tenths) < 1100
 
 
 @given(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), st.integers(0, 5), st.lists(st.booleans(), max_size=200))

@@ -12,7 +12,7 @@ from fabric.core import events
 from fabric.core.cursors import Place, Slot, pack_cursor, parse_cursor, parse_redriven
 from fabric.core.disk import PastFeed, ReleaseRecords, SaveRegistrations, StateRecovered
 from fabric.core.registrations import RESTORED, UNMET_NS
-from fabric.core.wire import Drop, Kind, feed_id
+from fabric.core.wire import Drop, Kind, decode_control, feed_id
 from fabric.errors import ConfigError
 from tests.harness.pair import Link
 from tests.unit.test_publishing import say, told
@@ -70,6 +70,16 @@ def test_what_was_owed_is_owed_on_and_told_once_it_is_written_down() -> None:
     commands = link.do("a", events.WriteFinished(asked.number))
     ((number, total, feeds),) = told(commands, Kind.REGISTERED)
     assert (number, total, feeds) == (9, 1, [[OLD, "t", "durable", 1, 3, 1, 1, 0, 1]])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_goodbye_says_that_what_earlier_lives_left_is_kept_if_its_end_is_exact(exact: bool) -> None:
+    """Who missed the goodbye of that life would take the goodbye of this one, if it is short, for the end."""
+    link = recovered(row(), feeds=(past(exact=exact),))
+    link.drop()
+    link.do("a", events.IntakeStopped(say_bye=True))
+    (flight,) = link.waiting(Kind.BYE)
+    assert list(decode_control(flight.event.frame).fields) == [[[OLD, 3, True]] if exact else [], True]
 
 
 def test_a_registration_that_cannot_be_written_is_confirmed_when_it_asks_again() -> None:

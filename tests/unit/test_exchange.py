@@ -86,6 +86,20 @@ def test_an_unanswered_request_is_resent_and_not_executed_again() -> None:
     assert len(executed(link)) == 1
 
 
+def test_resends_outnumber_requests_only_at_their_longest_wait() -> None:
+    link = Link("a", "b")
+    for request in range(1, 101):
+        ask(link, request)
+    link.drop()
+    for _ in range(45):
+        link.pass_time(20)
+        link.drop_kind(Kind.REQUEST)
+    counts = link["a"].counts
+    assert (counts["requests_resent"], counts["resends_postponed"]) == (64, 100), "those in reserve; the others rest"
+    link.run(2_000)
+    assert len(executed(link)) == 100, "and none is forgotten"
+
+
 @pytest.mark.parametrize("reached", [True, False])
 def test_a_timeout_says_whether_the_responder_had_it(reached: bool) -> None:
     link = Link("a", "b")

@@ -84,13 +84,13 @@ def test_what_has_no_room_waits_in_order_and_is_said_once(caplog: Any) -> None:
         bench.keeper.work([bench.write(number) for number in (1, 2, 3)])
         bench.keeper.work([bench.write(4), bench.write(9, kind="notice")])
     assert (bench.written, bench.ids) == ([1, 2, 9], [1, 2, 9])
-    assert isinstance(bench.refusals[-1], LetterStoreFullError) and bench.keeper.due_ns == S
+    assert isinstance(bench.refusals[-1], LetterStoreFullError) and bench.keeper.due_ns == 2 * S
     assert caplog.text.count("lanes wait") == 1
     with caplog.at_level(logging.WARNING, logger="fabric.storage"):
         bench.keeper.work([bench.write(5), EndLetter(letter(1))])
-        assert (bench.written, bench.keeper.due_ns) == ([1, 2, 9, 3], S), "the first that waits, and no other"
+        assert (bench.written, bench.keeper.due_ns) == ([1, 2, 9, 3], 2 * S), "the first that waits, and no other"
         bench.keeper.work([EndLetter(letter(2))])
-        assert (bench.written[4:], bench.keeper.due_ns) == ([4], S)
+        assert (bench.written[4:], bench.keeper.due_ns) == ([4], 2 * S)
         bench.keeper.work([EndLetter(letter(3))])
     assert (bench.written, bench.ids, bench.keeper.due_ns) == ([1, 2, 9, 3, 4, 5], [4, 5, 9], None)
     assert "taken again" in caplog.text and bench.refusals[-1] is None

@@ -11,7 +11,7 @@ from fabric.core.events import Deliver, MessagesSettled
 from fabric.core.guards import Breaker
 from fabric.engine.handler import Handler
 from fabric.engine.inbox import Inbox
-from fabric.engine.letter_forms import Burial, cut_text, letter_of, message_of
+from fabric.engine.letter_forms import TOO_LARGE, Burial, cut_text, letter_of, message_of
 from fabric.engine.lettering import (
     LetterKeeper,
     LetterWish,
@@ -206,16 +206,31 @@ def test_when_the_oldest_dies_again_those_that_were_to_follow_stay() -> None:
 
 def test_what_cannot_come_again_keeps_its_lane_closed_and_says_so() -> None:
     book = Book()
-    book.letters._limits = Limits(record_bytes_max=7)
+    book.letters._limits = Limits(record_bytes_max=7, value_bytes_max=7)
     book.bury(1, parked=True)
     book.letters._limits = Limits()
     book.bury(2, "parked", parked=True)
     book.store.work()
     refused = book.letters.redrive([1, 2], dry_run=False)[1]
-    assert refused == {1: "its value was too large to be kept whole", 2: "an older letter of its lane goes first"}
+    assert refused == {1: TOO_LARGE, 2: "an older letter of its lane goes first"}
     assert book.letters.discard([1]) == 1
     book.store.work()
     assert book.arrived() == [2]
+
+
+def test_a_letter_whose_value_the_log_gives_up_on_its_way_stays_one_and_says_why(caplog: Any) -> None:
+    book = Book()
+    book.bury(1)
+    book.store.work()
+    book.letters.redrive([1], dry_run=False)
+    (wish,) = book.store.wishes
+    assert isinstance(wish, ReadLetters)
+    book.letters.on_cut(1, "too old")
+    book.letters.on_cut(99, "nobody's")
+    wish.then([letter(1, cut="too old")])
+    assert "letter 1 is not redriven: too old" in caplog.text and book.arrived() == []
+    assert book.letters.redrive([1], dry_run=True) == ([], {1: "too old"}, 0)
+    assert (book.letters.count, book.engine.counts["letters_cut"]) == (1, 1)
 
 
 def test_what_only_waited_in_an_earlier_life_goes_on_when_its_handler_is_there() -> None:

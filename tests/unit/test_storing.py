@@ -341,7 +341,7 @@ class Slow:
     """A keeper that is told when to go on, and notes what it was asked."""
 
     error = None
-    is_retrying = False
+    due_ns = None
 
     def __init__(self) -> None:
         self.go, self.asked = threading.Event(), []  # type: ignore[var-annotated]
