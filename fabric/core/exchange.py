@@ -23,9 +23,9 @@ __all__ = ["Exchange"]
 DEADLINE_MS_MAX = 3_600_000
 """A request is remembered no longer than this: else a far deadline would fill the memory for good."""
 PRIORITIES = 3
+"""0 is high, 1 normal, 2 low."""
 RESENDS = Budget(share=1.0, reserve=64)
 """Resends before their longest wait: as many as there are requests, and so many more at once."""
-"""0 is high, 1 normal, 2 low."""
 
 
 class _Pending:
