@@ -196,11 +196,19 @@ class Checker:
         if life.engine is None:
             if life.host != book.owner.host and self._newest(life.name).engine is None:
                 return  # nobody can prove that it is dead
-            if self._newest(life.name).engine is not None or inbound.floor < len(feed.records):
+            if inbound.floor < len(feed.records) or self._was_to_hear_its_end(inbound, life):
                 yield f"{who} waits for the end of {reading.feed}: {inbound}"
             return
         if self._newest(life.name) is life:
             yield from self._behind_the_living(who, book, reading, feed, life)
+
+    def _was_to_hear_its_end(self, inbound: InboundFeed, life: Life) -> bool:
+        """Whether the next life of its publisher is there to say where the feed ended, and this reader is not there.
+
+        A reader that is there rests between two lives of a durable topic until this one publishes on it, too.
+        """
+        is_at_its_end = inbound.fin is not None and inbound.floor >= inbound.fin
+        return self._newest(life.name).engine is not None and not is_at_its_end
 
     @staticmethod
     def _behind_the_living(
