@@ -31,7 +31,10 @@ _OF_NAMES = frozenset({"create", "rename", "unlink"})
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing that changed the disk, or made changes durable: `sync` (of a file), `sync_directory`."""
+    """One thing that changed the disk, or made changes durable: `sync` (of a file), `sync_directory`.
+
+    Or failed to: `sync_failed` (of a file).
+    """
 
     verb: str
     inode: int
@@ -165,6 +168,8 @@ def _durable(steps: Sequence[Step]) -> set[int]:
         step = steps[at]
         if step.verb == "sync":
             synced.add(step.inode)
+        elif step.verb == "sync_failed":  # Linux takes for clean what it failed to write: no later sync covers it
+            synced.discard(step.inode)
         elif step.verb == "sync_directory":
             names = True
         elif (step.verb in _OF_NAMES and names) or (step.verb in _OF_DATA and step.inode in synced):
@@ -241,7 +246,11 @@ class _FakeFile:
         self._disk.steps.append(step)
 
     def sync(self) -> None:
-        self._data("sync")
+        try:
+            self._data("sync")
+        except OSError:
+            self._disk.steps.append(Step("sync_failed", self._inode))
+            raise
         self._disk.steps.append(Step("sync", self._inode))
 
     def lock(self) -> None:

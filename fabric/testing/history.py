@@ -142,6 +142,8 @@ class Reading:
     """How often a handler raised, by offset."""
     letters: dict[int, str] = field(default_factory=dict)
     """Dead letters: reason by offset."""
+    known: frozenset[int] = frozenset()
+    """What was a letter of an earlier life of a member with state: it counts as what became of that (D1)."""
     lost: list[Lost] = field(default_factory=list)
     ended: bool = False
     floors: tuple[int, int, int] = (0, 0, 0)
@@ -369,6 +371,19 @@ class History:
         inbound = subscription.feeds.get((command.source, command.topic)) if subscription else None
         inbound = inbound if inbound is not None and inbound.incarnation == command.incarnation else None
         book.readings[key] = Reading(key, command.join, self._clock(), inbound, len(book.readings))
+        if not engine.stateless:
+            book.readings[key].known = self._known(book, key)
+
+    def _known(self, book: SubscriptionBook, key: FeedKey) -> frozenset[int]:
+        """Of which records earlier lives of this subscription's owner have letters, or had."""
+        earlier = [
+            other.readings[key]
+            for other in self.subscriptions.values()
+            if (other.owner.name, other.pattern) == (book.owner.name, book.pattern)
+            and other.owner is not book.owner
+            and key in other.readings
+        ]
+        return frozenset().union(*(reading.known.union(reading.letters) for reading in earlier))
 
     def _note_gap(self, engine: Engine, command: events.ReportGap) -> None:
         book = self.subscriptions[(engine.card.name, engine.card.incarnation, command.subscription)]

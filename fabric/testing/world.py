@@ -34,7 +34,7 @@ from fabric.errors import (
 from fabric.storage.state import MemberState
 from fabric.testing.disks import FakeDisk
 from fabric.testing.history import History
-from fabric.testing.stores import DiskPlan, WorldStore
+from fabric.testing.stores import DiskPlan, KeptLetters, WorldStore
 from fabric.testing.watching import WatchedFabric
 from transports import FaultPlan, MemoryHub, MemoryTransport
 
@@ -126,7 +126,7 @@ class World:
     join with; handlers always run in `step` mode, and the world runs them. `world_size` is the number of ranks. With
     `checked` the core's invariants are asserted after every event of every member, which costs about as much as the
     events themselves. With `state` ranks have state, which outlives them: one that joins again after `kill`, `stop` or
-    `lose_power` serves what its last life left.
+    `lose_power` serves what its last life left, has its dead letters, and knows which messages were in hand.
 
     `history` holds all that was published, received, lost and buried; `Checker(world.history).judge()` compares.
     """
@@ -153,6 +153,8 @@ class World:
         self._lives: dict[str, int] = {}
         self._disks: dict[str, FakeDisk] = {}
         """With state: the disk of each rank, which outlives its lives."""
+        self._letters: dict[str, KeptLetters] = {}
+        """... and what outlives them of its dead letters."""
         self._floors: dict[str, FakeDisk] = {}
         """Those disks as the last loss of power left them."""
         self._boots: Counter[str] = Counter()
@@ -201,10 +203,12 @@ class World:
         fabric = WatchedFabric(engine, dispatcher, _Membership(self, engine), self.history)
         chance = f"disk {self.seed} {card.name} {card.incarnation}"
         disk = self._disks[card.name] if state is not None else None
-        store = engine.store = WorldStore(engine, self._disk, chance, disk, state)
+        letters = self._letters.setdefault(card.name, KeptLetters()) if state is not None else None
+        store = engine.store = WorldStore(engine, self._disk, chance, disk, state, letters)
         self._members.append(_Member(fabric, engine, dispatcher, store))
         if state is not None:
             engine.submit(recovered(state))
+            store.read_letters()
         for other in others.values():
             engine.submit(events.PeerAnnounced(other))
 
@@ -290,6 +294,7 @@ class World:
             name = member.engine.card.name
             self.kill(member.fabric)
             if name in self._disks:
+                self._letters[name].lose_power()
                 disk, floor = self._disks[name], self._floors.get(name)
                 left = disk.crashed(len(disk.steps), lambda _: rng.random() < 0.5, start=floor)
                 self._disks[name], self._floors[name] = left, left.copy()
@@ -302,6 +307,8 @@ class World:
         """End all members, without a goodbye."""
         for member in list(self._members):
             self.kill(member.fabric)
+        for letters in self._letters.values():
+            letters.close()
 
     def _gone(self, card: Card, *, killed: bool = False) -> None:
         self._dead.add((card.name, card.incarnation))

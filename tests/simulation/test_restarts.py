@@ -40,11 +40,20 @@ class Job:
         loss = rng.choice([0.0, 0.05, 0.3])
         plan = FaultPlan(loss=loss, duplication=loss / 2, delay_ms=rng.choice([0.0, 1.0, 20.0]))
         refusals = rng.choice([0.0, 0.0, 0.2]) if end != "closed" else 0.0  # a close does not ask a full disk twice
-        disk = DiskPlan(delay_ms=rng.choice([0.0, 5.0, 100.0]), refusals=refusals)
+        chance = Random(f"disk {seed}")
+        self.sync_failures = chance.choice([0.0, 0.1, 0.4]) if end != "closed" else 0.0
+        disk = DiskPlan(
+            delay_ms=rng.choice([0.0, 5.0, 100.0]),
+            refusals=refusals,
+            sync_failures=self.sync_failures,
+            short_writes=chance.choice([0.0, 0.0, 0.3]),
+        )
         self.world = World(seed, plan=plan, disk=disk, config=CONFIG, world_size=3, state=True)
         self.end, self.numbers = end, itertools.count()
         self.accepted: dict[tuple[str, int, int], list[int]] = {}
         """Values by topic, incarnation and seed."""
+        self.doubtful: set[int] = set()
+        """What was refused, if syncs fail: whether the next life finds it after all is not known."""
         self.handled: list[Any] = []
         self.cursor: Any = {}
         """The checkpoint: what was handled, and the cursor that belongs to it."""
@@ -98,6 +107,7 @@ class Job:
                 sequence = publisher.publish(value, seed=seed)
             except QueueFullError:
                 self.counts["refused"] += 1
+                self.doubtful |= {value} if self.sync_failures else set()
                 continue
             lane = self.accepted.setdefault((topic, life, seed), [])
             assert sequence == len(lane), "a refused record uses no number"
@@ -121,7 +131,16 @@ class Job:
         self.handled += self.fresh
         self.cursor, self.fresh = cursor, []
         self.inbox.commit(cursor)
-        assert self.inbox.gaps == ()
+        assert self.gaps(self.inbox) == []
+
+    def gaps(self, inbox: Subscription) -> list[Any]:
+        """Those that nothing excuses.
+
+        A segment of which a sync failed may be damaged when the power is lost, too. Nothing in it counts any more, but
+        recovery cannot know that, and so not be certain that nothing followed: an open gap.
+        """
+        is_excused = self.sync_failures > 0 and self.end == "power"
+        return [gap for gap in inbox.gaps if gap.end is not None or not is_excused]
 
     def restart(self, rank: int, *, clean: bool = False, power: bool = False) -> None:
         """A new life."""
@@ -185,15 +204,21 @@ class Job:
             def is_over() -> bool:
                 assert self.inbox is not None
                 self.fresh += [_entry(message) for message in self.inbox.drain()]
-                return len(self.handled) + len(self.fresh) >= total and len(self.seen) >= total
+                return all(len(self.certain(some)) >= total for some in (self.handled + self.fresh, self.seen))
 
             self.world.until(is_over, timeout_s=patience_s)
             self.save()
             self.judge()
 
+    def certain(self, entries: list[Any]) -> list[Any]:
+        """Without those that may come or not."""
+        return [entry for entry in entries if entry[-1] not in self.doubtful]
+
     def judge(self) -> None:
         """Everything once, and in its lane's order, for both."""
-        for who, entries in (("worker", self.handled), ("survivor", self.seen)):
+        for who, found in (("worker", self.handled), ("survivor", self.seen)):
+            entries = self.certain(found)
+            assert len(set(found)) == len(found), f"{who}: some came twice"
             lanes: dict[tuple[str, int, int], list[int]] = {}
             order: dict[tuple[str, int], list[int]] = {}
             for topic, life, seed, value in entries:
@@ -201,7 +226,7 @@ class Job:
                 order.setdefault((topic, seed), []).append(life)
             assert lanes == self.accepted, f"{who}: {_differences(lanes, self.accepted)}"
             assert all(lives == sorted(lives) for lives in order.values()), f"{who}: a newer life before an older"
-        assert self.survivor.gaps == ()
+        assert self.gaps(self.survivor) == []
 
 
 def _entry(message: Any) -> tuple[str, int, int, int]:
