@@ -122,6 +122,13 @@ def test_a_record_that_is_a_letter_of_an_earlier_life_is_settled_for_the_checker
         Checker(world.history).judge()
 
 
+def test_a_full_disk_keeps_nobody_from_reading_letters() -> None:
+    with World(1, state=True) as world:
+        world.kill(buried(world))
+        world._disk = DiskPlan(refusals=1.0, sync_failures=1.0, delay_ms=500)
+        assert len(world.join(1, host="b", wait=False).dead_letters) == 3
+
+
 def test_letters_end_with_a_rank_without_state() -> None:
     with World(1) as world:
         trainer, worker = world.join(0), world.join(1)
