@@ -72,9 +72,11 @@ def test_who_has_everything_and_is_never_told_that_it_was_everything_is_found(mo
             Checker(world.history).judge()
 
 
-def buried(world: World) -> Any:
-    """A worker with three letters."""
+def buried(world: World, *, keeper: bool = False) -> Any:
+    """A worker with three letters; with a `keeper`, to which they are still owed, they can come again."""
     trainer, worker = world.join(0, host="a"), world.join(1, host="b")
+    if keeper:
+        worker.subscribe("jobs.*", name="keeper")
 
     @worker.on("jobs.*", attempts=1)
     def handle(message: Any) -> None:
@@ -82,7 +84,8 @@ def buried(world: World) -> Any:
 
     trainer.publisher("jobs.x", policy="durable").publish_many([1, 2, 3], seeds=[0, 0, 0])
     assert world.until(lambda: len(worker.dead_letters) == 3)
-    trainer.flush(timeout_s=60)
+    if not keeper:
+        trainer.flush(timeout_s=60)
     return worker
 
 
@@ -101,6 +104,29 @@ def test_letters_outlive_their_rank_and_may_be_redriven(end: str) -> None:
         world.kill(worker)
         assert len(world.join(1, host="b").dead_letters) == 0
         Checker(world.history).judge()
+
+
+@pytest.mark.parametrize("redriven", [False, True])
+def test_a_record_that_is_a_letter_of_an_earlier_life_is_settled_for_the_checker(redriven: bool) -> None:
+    with World(1, state=True) as world:
+        worker = buried(world, keeper=True)
+        world.kill(worker)
+        worker = world.join(1, host="b")
+        done: list[Any] = []
+        worker.on("jobs.*", start="retained")(lambda message: done.append(message.value))
+        if redriven:
+            worker.dead_letters.redrive(worker.dead_letters)
+        world.run(5)
+        assert (done, worker.statistics()["letters_known"]) == ([1, 2, 3] if redriven else [], 3)
+        Checker(world.history).inspect()
+        Checker(world.history).judge()
+
+
+def test_a_full_disk_keeps_nobody_from_reading_letters() -> None:
+    with World(1, state=True) as world:
+        world.kill(buried(world))
+        world._disk = DiskPlan(refusals=1.0, sync_failures=1.0, delay_ms=500)
+        assert len(world.join(1, host="b", wait=False).dead_letters) == 3
 
 
 def test_letters_end_with_a_rank_without_state() -> None:
