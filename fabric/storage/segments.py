@@ -133,6 +133,15 @@ class Shelf:
         """The last that is there."""
         return next(reversed(self._by_number.values()), None)
 
+    def tells_ends(self, segment: Segment) -> bool:
+        """Whether it is the newest, or the newest that names feeds, or of those that are not bad.
+
+        One that was begun by a write that failed names nothing, and one that was given up may be torn.
+        """
+        named = [other for other in self if other.named]
+        good = [other for other in named if not other.bad]
+        return segment in (self.newest(), *named[-1:], *good[-1:])
+
     def adopt(self, found: Found, segment: Segment) -> None:
         """Take over what recovery found."""
         head = found.head

@@ -399,13 +399,13 @@ class SpillLog:
 
     def _delete_unneeded(self) -> None:
         segment = self._shelf.oldest()
-        while segment is not None and not (self._is_last(segment) or self._contents.is_needed(segment)):
+        while segment is not None and not (self._contents.is_needed(segment) or self._is_last(segment)):
             self._delete(segment)
             segment = self._shelf.oldest()
 
     def _is_last(self, segment: Segment) -> bool:
         """Whether it is written to, or says for a log that outlives this process where its feeds ended."""
-        return segment is self._active or (self._keep and segment is self._shelf.newest())
+        return segment is self._active or (self._keep and self._shelf.tells_ends(segment))
 
     def _delete(self, segment: Segment) -> None:
         self._dirty.pop(segment.number, None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fabric.errors import SpillBrokenError, StateDirectoryError
+from fabric.errors import SpillBrokenError, SpillError, StateDirectoryError
 from fabric.storage import state as state_module
 from fabric.storage.spill import Entry, Kind
 from fabric.storage.state import FeedName, KeptFeed, MemberState, read_owner
@@ -146,6 +147,23 @@ def test_a_clean_end_keeps_what_is_owed(owes: str) -> None:
     state.close()
     again = begun(disk)
     assert again.log.ended == {state.incarnation}
+    again.abandon()
+
+
+def test_a_segment_that_was_begun_in_vain_is_not_the_one_that_knows_the_ends() -> None:
+    disk = FakeDisk()
+    state = begun(disk)
+    fill(state)
+    state.log.sync()
+    for nth in (1, 3):  # the second write is the head of the segment that is begun
+        disk.fail("write", nth, errno.ENOSPC)
+    with pytest.raises(SpillError):
+        state.log.append([burst(6)._replace(incarnation=state.incarnation)])
+    disk.mend()
+    state.log.release(FEED, 7)
+    state.abandon()
+    again = begun(disk)
+    assert kept(again).end >= 6
     again.abandon()
 
 
