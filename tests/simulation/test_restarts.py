@@ -23,7 +23,7 @@ from fabric.testing import DiskPlan, World
 from transports import FaultPlan
 
 TOPICS = ("work.a", "work.b")
-PER_BLOCK = 500 if os.environ.get("TENSOR_FABRIC_SOAK") else 5
+PER_BLOCK = 500 if os.environ.get("TENSOR_FABRIC_SOAK") else 4
 BLOCKS = 6
 CONFIG = FabricConfig(
     subscribe_timeout_s=2.0,
