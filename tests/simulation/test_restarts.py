@@ -24,7 +24,7 @@ from transports import FaultPlan
 
 TOPICS = ("work.a", "work.b")
 PER_BLOCK = 500 if os.environ.get("TENSOR_FABRIC_SOAK") else 4
-BLOCKS = 6
+BLOCKS = 3
 CONFIG = FabricConfig(
     subscribe_timeout_s=2.0,
     liveness=Liveness(suspect_s=0.5, down_s=2.0),
