@@ -104,7 +104,7 @@ class Inboxes:
     payload_bytes_max: int = 1024 * MIB
     """The largest value that is accepted, in bytes."""
     assembly_bytes_max: int = 128 * MIB
-    """Addressed payloads under way at once; one larger than this travels alone."""
+    """Addressed payloads under way at once. Of each peer one record and one request may be, however large."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

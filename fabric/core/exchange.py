@@ -143,7 +143,7 @@ class Exchange:
             self._context.counts[Drop.TOO_LARGE] += 1
             return False
         self._fetches[key] = (role, owner)
-        self._fetching.begin(key, peer.name, size, checksum)
+        self._fetching.begin(key, peer.name, size, checksum, exchange=True)
         return True
 
     def _complete(

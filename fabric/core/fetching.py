@@ -14,6 +14,9 @@ __all__ = ["Fetching", "Key"]
 
 Key = tuple[int, int]
 """(space, number): a feed and an offset, or the space of a member's requests or replies and a request."""
+Line = tuple[str, bool]
+"""A peer, and whether these are values of its requests and replies. Those stand in a line of their own, so that no
+deadline waits behind a record that the peer cannot read from its disk."""
 
 
 PIECES_MAX = 1024
@@ -23,10 +26,10 @@ PIECES_MAX = 1024
 class _Fetch:
     """One payload. `received`: the bytes that are there. Nothing is taken before `rests_ns`."""
 
-    __slots__ = ("attempts", "checksum", "key", "peer", "received", "rests_ns", "retry", "size", "started")
+    __slots__ = ("attempts", "checksum", "key", "line", "peer", "received", "rests_ns", "retry", "size", "started")
 
-    def __init__(self, key: Key, peer: str, size: int, checksum: int, retry: Retry) -> None:
-        self.key, self.peer, self.size, self.checksum = key, peer, size, checksum
+    def __init__(self, key: Key, line: Line, size: int, checksum: int, retry: Retry) -> None:
+        self.key, self.line, self.peer, self.size, self.checksum = key, line, line[0], size, checksum
         self.received = RangeSet()
         self.attempts, self.rests_ns, self.retry, self.started = 0, 0, retry, False
 
@@ -39,9 +42,9 @@ class Fetching:
         repair = context.config.repair
         self._first_retry = Retry.beyond(repair.retry_ms_first * MS, repair.retry_ms_max * MS)
         self._all: dict[Key, _Fetch] = {}
-        self._queues: dict[str, deque[_Fetch]] = {}
-        self._started: Counter[str] = Counter()
-        """How many of each peer are under way."""
+        self._queues: dict[Line, deque[_Fetch]] = {}
+        self._started: Counter[Line] = Counter()
+        """How many of each line are under way."""
         self._under_way = 0
         self._token = 0
         self._progress: dict[str, int] = {}
@@ -50,29 +53,33 @@ class Fetching:
     def __contains__(self, key: Key) -> bool:
         return key in self._all
 
-    def begin(self, key: Key, peer: str, size: int, checksum: int) -> None:
-        """Fetch a payload from a peer; a second call for the same key changes nothing."""
+    def begin(self, key: Key, peer: str, size: int, checksum: int, *, exchange: bool = False) -> None:
+        """Fetch a payload from a peer; a second call for the same key changes nothing.
+
+        Of a request or a reply (`exchange`) it does not wait for those of records.
+        """
         if key in self._all:
             return
-        fetch = self._all[key] = _Fetch(key, peer, size, checksum, self._first_retry)
-        self._queues.setdefault(peer, deque()).append(fetch)
-        self._start(peer)
+        line = (peer, exchange)
+        fetch = self._all[key] = _Fetch(key, line, size, checksum, self._first_retry)
+        self._queues.setdefault(line, deque()).append(fetch)
+        self._start(line)
 
-    def _start(self, peer: str) -> None:
-        """Begin what there is room for. One of each peer always may be under way: a dead peer holds up no other."""
+    def _start(self, line: Line) -> None:
+        """Begin what there is room for. One of each line always may be under way: a dead peer holds up no other."""
         ceiling = self._context.config.inboxes.assembly_bytes_max
-        queue = self._queues.get(peer, ())
-        while queue and (not self._started[peer] or self._under_way + queue[0].size <= ceiling):
+        queue = self._queues.get(line, ())
+        while queue and (not self._started[line] or self._under_way + queue[0].size <= ceiling):
             fetch = queue.popleft()
             if self._all.get(fetch.key) is not fetch:
                 continue
             fetch.started = True
-            self._started[peer] += 1
+            self._started[line] += 1
             self._under_way += fetch.size
             self._context.emit(BeginPayload(*fetch.key, fetch.size))
             self._ask(fetch)
         if not queue:
-            self._queues.pop(peer, None)
+            self._queues.pop(line, None)
 
     def _ask(self, fetch: _Fetch) -> None:
         self._token += 1
@@ -134,11 +141,11 @@ class Fetching:
             return
         if fetch.started:
             self._under_way -= fetch.size
-            self._started[fetch.peer] -= 1
+            self._started[fetch.line] -= 1
             if drop:
                 self._context.emit(DropPayload(*key))
-        for peer in list(self._queues):
-            self._start(peer)
+        for line in list(self._queues):
+            self._start(line)
 
     def forget(self, peer: str) -> list[Key]:
         """The peer is gone: what it has not sent will not come."""
@@ -170,4 +177,4 @@ class Fetching:
     def check_invariants(self) -> None:
         """Assert the sum of what is under way, and that a slot is never left idle (I7, I9)."""
         assert self._under_way == sum(fetch.size for fetch in self._all.values() if fetch.started)
-        assert all(self._started[fetch.peer] for fetch in self._all.values())
+        assert all(self._started[fetch.line] for fetch in self._all.values())

@@ -134,6 +134,17 @@ def test_a_peer_that_does_not_answer_holds_up_no_other() -> None:
     assert [command.number for command in desk.told() if isinstance(command, BeginPayload)] == [3]
 
 
+def test_the_value_of_a_request_does_not_wait_behind_records() -> None:
+    desk = Desk(ceiling=100)
+    desk.fetching.begin((1, 0), "a", 90, 0)
+    desk.fetching.begin((2, 0), "a", 90, 0, exchange=True)
+    desk.fetching.begin((2, 1), "a", 90, 0, exchange=True)
+    assert [command.space for command in desk.told() if isinstance(command, BeginPayload)] == [1, 2]
+    desk.fetching.end((2, 0))
+    assert [command.number for command in desk.told() if isinstance(command, BeginPayload)] == [1]
+    desk.fetching.check_invariants()
+
+
 def test_a_payload_that_nobody_wants_any_more_leaves_the_queue() -> None:
     desk = Desk(ceiling=100)
     for number in range(3):
