@@ -13,6 +13,7 @@ from fabric.errors import ConfigError
 
 __all__ = [
     "BURST_BYTES_MAX",
+    "Arena",
     "Delivery",
     "FabricConfig",
     "Handlers",
@@ -25,6 +26,7 @@ __all__ = [
     "Retention",
     "Spill",
     "Start",
+    "Verify",
     "WhenFull",
     "Work",
     "check_policy",
@@ -181,6 +183,34 @@ class Work:
             raise ConfigError(f"{self.handlers!r} is neither thread nor step", field="work.handlers") from None
 
 
+class Verify(StrEnum):
+    """How a value that is read in shared memory is compared with what was published."""
+
+    SAMPLE = "sample"
+    ALWAYS = "always"
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arena:
+    """Shared memory, for large values between members of one host."""
+
+    enabled: bool = True
+    """Without it large values travel by socket."""
+    bytes_max: int = 768 * MIB
+    """All of it, for each member that publishes: what may be owed and kept, and as much again that readers look at.
+    Beyond it values travel by socket. It is taken from the system as it is needed."""
+    verify: Verify = Verify.SAMPLE
+    """`sample` sums 64 KiB of each value, spread over it, at both ends; `always` all of it; `off` compares nothing.
+    Descriptor, generation, bounds and length are always checked."""
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "verify", Verify(self.verify))
+        except ValueError:
+            raise ConfigError(f"{self.verify!r} is none of {', '.join(Verify)}", field="arena.verify") from None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spill:
     """The continuation of retention on disk (reliability notes, sections 5.2 and 5.5)."""
@@ -257,6 +287,7 @@ class FabricConfig:
     liveness: Liveness = field(default_factory=Liveness)
     requests: Requests = field(default_factory=Requests)
     work: Work = field(default_factory=Work)
+    arena: Arena = field(default_factory=Arena)
     spill: Spill = field(default_factory=Spill)
     letters: Letters = field(default_factory=Letters)
     install_signal_handler: bool = True
@@ -264,7 +295,7 @@ class FabricConfig:
 
     def __post_init__(self) -> None:
         groups = (self.retention, self.inboxes, self.repair, self.liveness, self.requests, self.work, self.spill)
-        for group in (*groups, self.letters):
+        for group in (*groups, self.letters, self.arena):
             _require_positive(group)
         if self.spill.bytes_max < 2 * self.spill.segment_bytes:
             raise ConfigError("less than two segments: the one in use and its spare", field="spill.bytes_max")
@@ -279,7 +310,7 @@ class FabricConfig:
 def _require_positive(group: object) -> None:
     for setting in fields(group):  # type: ignore[arg-type]  # each group is a dataclass
         value = getattr(group, setting.name)
-        if isinstance(value, int | float) and value <= 0:
+        if isinstance(value, int | float) and value <= 0 and value is not False:
             raise ConfigError(f"must be positive, not {value}", field=f"{type(group).__name__.lower()}.{setting.name}")
 
 

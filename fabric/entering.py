@@ -17,6 +17,7 @@ from fabric.core.wire import VERSION
 from fabric.engine.lettering import Desk, LetterKeeper
 from fabric.engine.loop import Engine
 from fabric.engine.process import ProcessMembership, install_signals
+from fabric.engine.sharing import open_sharing
 from fabric.engine.sleeping import ThreadedWaits
 from fabric.engine.storing import Storekeeper, ThreadedStore, recovered
 from fabric.errors import (
@@ -128,6 +129,7 @@ class Entry:
             endpoints=(endpoints.data, endpoints.control, endpoints.bulk),
         )
         engine = self._engine = Engine(_to_event(self.card), self.config, transport, time.monotonic_ns, self.waits)
+        engine.sharing = open_sharing(engine)
         keeper = Storekeeper(
             self.card.incarnation,
             lambda: open_home(self.config.spill, job, name, self.card.incarnation),

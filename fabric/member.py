@@ -248,7 +248,7 @@ class Member(Generic[P]):
         engine = self._engine
         with engine.lock:
             counted = engine.core.statistics() + engine.counts
-            moved = {} if engine.closed else engine.transport.statistics()
+            moved = {} if engine.closed else engine.transport.statistics() | engine.sharing.statistics()
         return dict(sorted({**{str(name): count for name, count in counted.items()}, **moved}.items()))
 
     def ledger(self) -> Ledger:

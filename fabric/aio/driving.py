@@ -40,7 +40,7 @@ class LoopDriver(Sleeper):
     """One engine on one event loop: the one that runs when it is made."""
 
     def __init__(self, engine: Engine, waits: ThreadedWaits) -> None:
-        super().__init__(engine.transport)
+        super().__init__(engine)
         self.engine, self.loop = engine, asyncio.get_running_loop()
         self.run_handlers: Callable[[], int | None] = lambda: None
         """Start what handlers have to do; returns when something is due, None if nothing is."""

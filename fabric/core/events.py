@@ -427,11 +427,12 @@ class PlaceChunk:
 
 @crossing
 class FinishPayload:
-    """All bytes of a payload are there: compare its XXH3-64 and answer with `PayloadChecked`."""
+    """All bytes are there: compare the XXH3-64 of all, or of a `sample`, and answer with `PayloadChecked`."""
 
     space: int
     number: int
     checksum: int
+    sample: int = 0
 
 
 @crossing

@@ -135,15 +135,15 @@ class Exchange:
     def _fetch(self, key: Key, peer: Peer, blob: bytes, role: str, owner: object) -> bool:
         """Begin to fetch an addressed value; False if it cannot be had."""
         try:
-            size, checksum = decode_descriptor(blob)
+            descriptor = decode_descriptor(blob)
         except WireFormatError:
             self._context.counts[Drop.SHAPE] += 1
             return False
-        if size > self._context.config.inboxes.payload_bytes_max:
+        if descriptor.size > self._context.config.inboxes.payload_bytes_max:
             self._context.counts[Drop.TOO_LARGE] += 1
             return False
         self._fetches[key] = (role, owner)
-        self._fetching.begin(key, peer.name, size, checksum, exchange=True)
+        self._fetching.begin(key, peer.name, descriptor, exchange=True)
         return True
 
     def _complete(

@@ -8,7 +8,7 @@ from fabric.core.events import BeginPayload, Buffer, DropPayload, FinishPayload,
 from fabric.core.guards import Retry
 from fabric.core.members import MS, Context
 from fabric.core.ranges import RangeSet
-from fabric.core.wire import Drop, Kind
+from fabric.core.wire import Descriptor, Drop, Kind, checksum_of
 
 __all__ = ["Fetching", "Key"]
 
@@ -26,10 +26,10 @@ PIECES_MAX = 1024
 class _Fetch:
     """One payload. `received`: the bytes that are there. Nothing is taken before `rests_ns`."""
 
-    __slots__ = ("attempts", "checksum", "key", "line", "peer", "received", "rests_ns", "retry", "size", "started")
+    __slots__ = ("attempts", "descriptor", "key", "line", "peer", "received", "rests_ns", "retry", "size", "started")
 
-    def __init__(self, key: Key, line: Line, size: int, checksum: int, retry: Retry) -> None:
-        self.key, self.line, self.peer, self.size, self.checksum = key, line, line[0], size, checksum
+    def __init__(self, key: Key, line: Line, descriptor: Descriptor, retry: Retry) -> None:
+        self.key, self.line, self.peer, self.descriptor, self.size = key, line, line[0], descriptor, descriptor.size
         self.received = RangeSet()
         self.attempts, self.rests_ns, self.retry, self.started = 0, 0, retry, False
 
@@ -53,7 +53,7 @@ class Fetching:
     def __contains__(self, key: Key) -> bool:
         return key in self._all
 
-    def begin(self, key: Key, peer: str, size: int, checksum: int, *, exchange: bool = False) -> None:
+    def begin(self, key: Key, peer: str, descriptor: Descriptor, *, exchange: bool = False) -> None:
         """Fetch a payload from a peer; a second call for the same key changes nothing.
 
         Of a request or a reply (`exchange`) it does not wait for those of records.
@@ -61,7 +61,7 @@ class Fetching:
         if key in self._all:
             return
         line = (peer, exchange)
-        fetch = self._all[key] = _Fetch(key, line, size, checksum, self._first_retry)
+        fetch = self._all[key] = _Fetch(key, line, descriptor, self._first_retry)
         self._queues.setdefault(line, deque()).append(fetch)
         self._start(line)
 
@@ -86,13 +86,17 @@ class Fetching:
         first, end = next(fetch.received.missing(0, fetch.size), (0, 0))
         fetch.retry = fetch.retry.after(self._context.now, self._context.chance())
         self._context.wake_by(fetch.retry.due_ns)
-        self._context.send(fetch.peer, Kind.FETCH, *fetch.key, first, end - first, self._token)
+        sampled = fetch.descriptor.sample > 0
+        self._context.send(fetch.peer, Kind.FETCH, *fetch.key, first, end - first, self._token, sampled)
 
-    def on_chunk(self, peer: str, key: Key, position: int, chunk: Buffer) -> None:
-        """A piece came; what is there already is dropped."""
+    def on_chunk(self, peer: str, key: Key, position: int, chunk: Buffer, checksum: int) -> None:
+        """A piece came; what is there already is dropped. Where only a sample is summed, each piece has its own sum."""
         fetch, size = self._all.get(key), memoryview(chunk).nbytes
         if fetch is None or fetch.peer != peer or not fetch.started:
             self._context.counts[Drop.DUPLICATE] += 1
+            return
+        if fetch.descriptor.sample and checksum_of(chunk) != checksum:
+            self._context.counts[Drop.CHECKSUM] += 1
             return
         end = position + size
         if not size or end > fetch.size or next(fetch.received.missing(position, end), None) != (position, end):
@@ -106,7 +110,7 @@ class Fetching:
         fetch.retry = self._first_retry._replace(due_ns=fetch.retry.due_ns)
         self._context.emit(PlaceChunk(*key, position, chunk))
         if fetch.received.count == fetch.size:
-            self._context.emit(FinishPayload(*key, fetch.checksum))
+            self._context.emit(FinishPayload(*key, fetch.descriptor.checksum, fetch.descriptor.sample))
 
     def on_checked(self, key: Key, intact: bool) -> bool | None:
         """The checksum was compared. True: done; False: given up; None: it is fetched once more, or was not ours."""

@@ -29,7 +29,10 @@ class Kind(IntEnum):
     REQUEST = 16
     ACCEPTED = 17
     REPLY = 18
+    HOLDS = 19
     FETCH = 20
+    LEASED = 21
+    RECALL = 22
     ROSTER_ASK = 24
     ROSTER = 25
     REPAIR = 64
@@ -90,16 +93,22 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.ACCEPTED: (int,),
     # request, whether it failed, kind, blob
     Kind.REPLY: (int, bool, int, bytes),
-    # space, number, position, length, token
-    Kind.FETCH: (int, int, int, int, int),
+    # space, number, position, length, token, whether each chunk has to carry its checksum
+    Kind.FETCH: (int, int, int, int, int, bool),
+    # (feed, serial number, whether I wait for LEASED, below this offset I need no slot, but for these)
+    Kind.HOLDS: (Each(int, int, bool, int, Each(int, int)),),
+    # feeds with the serial numbers of HOLDS that asked: from now on those decide what is reused
+    Kind.LEASED: (Each(int, int),),
+    # feeds of which you have to tell me again what you hold
+    Kind.RECALL: (Each(int),),
     Kind.ROSTER_ASK: (*_CARD, int),
     Kind.ROSTER: (Each(*_CARD, int),),
     # feed, token
     Kind.REPAIR: (int, int),
     # feed, token, first available, end, lost in between
     Kind.AVAILABLE: (int, int, int, int, Each(int, int)),
-    # space, number, position, token
-    Kind.CHUNK: (int, int, int, int),
+    # space, number, position, token, the chunk's checksum or 0
+    Kind.CHUNK: (int, int, int, int, int),
     Kind.MISSING: (int, int, int),
 }
 

@@ -11,9 +11,12 @@ from heapq import heappop, heappush
 from fabric.core.events import Buffer, FollowFeed, UnfollowFeed
 from fabric.core.fetching import Fetching
 from fabric.core.guards import Retry
+from fabric.core.holding import Holding
 from fabric.core.lanes import InboundFeed
 from fabric.core.members import MS, Context, Peer
+from fabric.core.obtaining import Obtaining
 from fabric.core.ranges import RangeSet
+from fabric.core.sharing import SlotRead
 from fabric.core.wire import Burst, Drop, Kind
 
 __all__ = ["FollowedFeed", "Following"]
@@ -77,7 +80,8 @@ class Following:
     """All feeds that reach this member. Methods that may end a feed return it, for its subscriptions to look."""
 
     def __init__(self, context: Context, fetching: Fetching, touched: dict[InboundFeed, None]) -> None:
-        self._context, self._fetching = context, fetching
+        self._context, self.holding = context, Holding(context)
+        self._obtaining = Obtaining(context, fetching, self.holding)
         repair = context.config.repair
         self._first_pull = Retry.beyond(repair.retry_ms_first * MS, repair.retry_ms_max * MS)
         self._touched = touched
@@ -87,8 +91,6 @@ class Following:
         self._dirty_bytes = self._acknowledge_due_ns = self._nonce = 0
         self.joining: dict[str, list[tuple[int, int]]] = {}
         """Feeds and nonces for `send_joins` to send, by peer."""
-        self._claiming: dict[InboundFeed, FollowedFeed] = {}
-        """Subscriptions to feeds whose addressed values wait for room."""
         self._restless: dict[int, FollowedFeed] = {}
         """Feeds that wait for a marker or for the answer to a pull; only these need the clock."""
         self._dues: list[tuple[int, int]] = []
@@ -118,13 +120,11 @@ class Following:
         """A subscription is done with a feed."""
         followed = self.feeds[inbound.feed]
         followed.inbounds.remove(inbound)
-        self._claiming.pop(inbound, None)
+        self._obtaining.forget(followed, inbound)
         if not followed.inbounds:
             del self.feeds[followed.feed]
             self._restless.pop(followed.feed, None)
             self._starved.pop(followed.feed, None)
-            for offset in inbound.awaiting:
-                self._fetching.end((followed.feed, offset))
             self._context.emit(UnfollowFeed(followed.feed))
 
     def find(self, inbound: InboundFeed) -> FollowedFeed | None:
@@ -138,11 +138,11 @@ class Following:
         if followed is None or inbound not in followed.inbounds:
             return
         self._dirty_bytes += size
+        self.holding.settled(followed.feed, size)
         self.acknowledge_soon(followed, inbound)
         if self._dirty_bytes >= self._context.config.liveness.acknowledge_bytes:
             self.acknowledge()
-        if self._claiming:
-            self._claim_more()
+        self._obtaining.claim_more()
         if followed.far or not followed.live:
             self._pull(followed)
         if size and self._starved:
@@ -167,8 +167,7 @@ class Following:
         followed = self.feeds[inbound.feed]
         followed.unserved = False
         followed.known = max(followed.known, end)
-        for offset, size, checksum in inbound.claimed():
-            self._fetching.begin((followed.feed, offset), followed.peer.name, size, checksum)
+        self._obtaining.fetch_again(followed, inbound)
         self._pull(followed)
 
     def keeps(self, feed: int) -> bool:
@@ -202,27 +201,10 @@ class Following:
             inbound.receive(burst.twin() if number and burst.has_addressed else burst)
             self._touched[inbound] = None
             if burst.has_addressed and inbound.has_unclaimed:
-                self._claim(followed, inbound)
+                self._obtaining.claim(followed, inbound)
             if inbound.turned_away:
                 inbound.turned_away, followed.crowded = False, True
                 self._leave_push(followed)
-
-    def _claim(self, followed: FollowedFeed, inbound: InboundFeed) -> None:
-        nobody = followed.unserved or followed.peer.is_gone  # to ask; its next life may have it
-        waits = inbound.fin is None and (inbound.outlives or not followed.peer.is_gone)
-        for offset, size, checksum in inbound.claim():
-            if not nobody:
-                self._fetching.begin((followed.feed, offset), followed.peer.name, size, checksum)
-            elif not waits:
-                inbound.payload_lost(offset, Drop.GAP)
-        if inbound.has_unclaimed:
-            self._claiming[inbound] = followed
-        else:
-            self._claiming.pop(inbound, None)
-
-    def _claim_more(self) -> None:
-        for inbound, followed in list(self._claiming.items()):
-            self._claim(followed, inbound)
 
     def on_payload(self, feed: int, offset: int, payload: Buffer | None, reason: str) -> FollowedFeed | None:
         """An addressed value is here, or will not come."""
@@ -233,8 +215,14 @@ class Following:
                 inbound.payload_arrived(offset, payload)
             else:
                 inbound.payload_lost(offset, reason)
-        self._claim_more()
+        self._obtaining.claim_more()
         return followed
+
+    def on_read(self, event: SlotRead) -> FollowedFeed | None:
+        """A slot of its publisher's arena was looked at."""
+        followed = self.feeds.get(event.feed)
+        self._obtaining.on_read(followed, event)
+        return followed if event.payload is None else self.on_payload(event.feed, event.offset, event.payload, "")
 
     def on_marker(self, feed: int, incarnation: int, end: int, nonces: tuple[int, ...]) -> None:
         """What is below a marker and absent is lost: repair at once."""
@@ -489,9 +477,12 @@ class Following:
             self._note(followed)
         if self._dirty and now >= self._acknowledge_due_ns:
             self.acknowledge()
+        self.holding.tick()
 
     def next_deadline_ns(self) -> int | None:
         """When something has to be repeated or acknowledged."""
         dues = [self._acknowledge_due_ns] if self._dirty else []
         dues += [self._dues[0][0]] if self._dues else []
+        holding_ns = self.holding.next_deadline_ns()
+        dues += [holding_ns] if holding_ns is not None else []
         return min(dues, default=None)

@@ -20,7 +20,7 @@ from heapq import heappop, heappush
 from fabric.core.events import Buffer, Deliver, ReportGap
 from fabric.core.ranges import RangeSet
 from fabric.core.rooms import STALE_MAX, Claims, Highest, Room
-from fabric.core.wire import ADDRESSED, NONE, Burst, Drop, feed_id
+from fabric.core.wire import ADDRESSED, NONE, Burst, Descriptor, Drop, feed_id
 
 __all__ = ["InboundFeed"]
 
@@ -264,19 +264,19 @@ class InboundFeed:
 
     # Addressed values.
 
-    def claim(self) -> Iterator[tuple[int, int, int]]:
-        """The addressed values that there is room to fetch now, lowest first: (offset, size, checksum)."""
+    def claim(self) -> Iterator[tuple[int, Descriptor]]:
+        """The addressed values that there is room for now, lowest first."""
         while (lowest := self._claims.lowest()) is not None:
-            offset, size, checksum, problem = lowest
+            offset, descriptor, problem = lowest
             if problem is not None:
                 self.payload_lost(offset, problem)
-            elif self._claims.take(offset, size, is_next=offset == self.next):
-                yield offset, size, checksum
+            elif self._claims.take(offset, descriptor.size, is_next=offset == self.next):
+                yield offset, descriptor
             else:
                 return
 
-    def claimed(self) -> list[tuple[int, int, int]]:
-        """The values that were claimed and have not come: (offset, size, checksum)."""
+    def claimed(self) -> list[tuple[int, Descriptor]]:
+        """The values that were claimed and have not come."""
         return self._claims.under_way()
 
     @property

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fabric.config import FabricConfig
-from fabric.core import events
+from fabric.core import events, sharing
 from fabric.core.books import Books, Reckoning
 from fabric.core.disk import RestWanted
 from fabric.core.events import Buffer, Card, DisconnectPeer, SendBulk
@@ -22,7 +22,7 @@ from fabric.core.members import Context, Members, Peer, card_fields, card_of
 from fabric.core.publishing import Publishing
 from fabric.core.spilling import Question
 from fabric.core.subscribing import FEEDS_PER_SUBSCRIPTION_MAX, Subscribing
-from fabric.core.wire import Control, Drop, Kind, decode_control, decode_data, encode_control, member_id
+from fabric.core.wire import Control, Drop, Kind, checksum_of, decode_control, decode_data, encode_control, member_id
 from fabric.errors import WireFormatError
 
 __all__ = ["FabricCore"]
@@ -88,6 +88,11 @@ class FabricCore:
             events.BooksWanted: lambda event: self.books.ask(),
             events.RecordsLoaded: self._on_records_loaded,
             events.RecordsExpired: self._on_records_expired,
+            sharing.ArenaReached: self.following.holding.on_reached,
+            sharing.SlotRead: self.subscribing.on_read,
+            sharing.SlotsReleased: self.following.holding.on_released,
+            sharing.SlotsForgotten: self.publishing.leases.on_forgotten,
+            sharing.ReaderGone: self.publishing.leases.on_gone,
         }
 
     def _by_kind(self) -> dict[Kind, Callable[[Peer, Sequence[Any]], None]]:
@@ -109,6 +114,9 @@ class FabricCore:
             Kind.ACCEPTED: lambda peer, f: self.exchange.on_accepted(*f),
             Kind.REPLY: lambda peer, f: self.exchange.on_reply(peer, *f),
             Kind.FETCH: self._on_fetch,
+            Kind.HOLDS: lambda peer, f: self.publishing.leases.on_holds(peer, *f),
+            Kind.LEASED: lambda peer, f: self.following.holding.on_leased(*f),
+            Kind.RECALL: lambda peer, f: self.following.holding.on_recall(peer.name, *f),
         }
 
     def handle(self, event: object, now_ns: int) -> list[Any]:
@@ -133,6 +141,7 @@ class FabricCore:
             self.members.next_deadline_ns(),
             self.publishing.next_deadline_ns(),
             self.publishing.spilling.next_deadline_ns(),
+            self.publishing.leases.next_deadline_ns(),
             self.subscribing.next_deadline_ns(),
             self.fetching.next_deadline_ns(),
             self.exchange.next_deadline_ns(),
@@ -148,6 +157,7 @@ class FabricCore:
             self._hello(peer)
         self.publishing.tick()
         self.publishing.spilling.tick(self._ask_again)
+        self.publishing.leases.tick()
         self.subscribing.tick()
         self.fetching.tick()
         self.exchange.tick()
@@ -203,8 +213,8 @@ class FabricCore:
     def _take_bulk(self, peer: Peer, message: Control, chunk: Buffer | None) -> None:
         fields = message.fields
         if message.kind is Kind.CHUNK and chunk is not None:
-            space, number, position, _ = fields
-            self.fetching.on_chunk(peer.name, (space, number), position, chunk)
+            space, number, position, _, checksum = fields
+            self.fetching.on_chunk(peer.name, (space, number), position, chunk, checksum)
         elif message.kind is Kind.REPAIR and chunk is not None:
             burst, nonces = decode_data(bytes(chunk))
             if nonces is None:
@@ -230,6 +240,7 @@ class FabricCore:
         if peer is not None:
             if before is not None:
                 self.publishing.forget(peer.name)
+                self.publishing.leases.leave(before)
                 self.exchange.forget(peer.name)
                 self._lose_fetches(peer.name)
             self.publishing.forget_before(peer)
@@ -297,11 +308,13 @@ class FabricCore:
         peer = self.members.by_name.get(event.name)
         if peer is not None and peer.incarnation == event.incarnation and not peer.is_gone:
             self.members.leave(peer, "dead")
+            self.publishing.leases.on_gone(sharing.ReaderGone(peer.name, peer.incarnation))
             self.subscribing.on_death(peer)
             self._part_from(peer)
 
     def _part_from(self, peer: Peer) -> None:
         self.publishing.forget(peer.name)
+        self.publishing.leases.leave(peer)
         self.exchange.forget(peer.name)
         self._lose_fetches(peer.name)
         self.context.emit(DisconnectPeer(peer.name))
@@ -337,6 +350,7 @@ class FabricCore:
         self.following.acknowledge()
         self.books.tell_all()
         if event.say_bye:
+            self.following.holding.end_all()
             for peer in self.members.others():
                 if not peer.is_gone and peer.state != "known":
                     self._say_bye(peer, ends)
@@ -344,7 +358,7 @@ class FabricCore:
     # Payloads.
 
     def _on_fetch(self, peer: Peer, fields: Sequence[Any]) -> None:
-        space, number, position, length, token = fields
+        space, number, position, length, token, summed = fields
         if self.publishing.answering.waits_for_disk(space, number, (peer, Kind.FETCH, fields)):
             return
         payload = self.publishing.answering.payload_of(space, number)
@@ -358,8 +372,11 @@ class FabricCore:
         size, step = view.nbytes, context.config.repair.chunk_bytes
         end = min(position + length, position + FETCH_BYTES_MAX, size)
         for begin in range(position, end, step):
-            header = encode_control(Kind.CHUNK, context.id, context.incarnation, space, number, begin, token)
-            context.emit(SendBulk(peer.name, header, view[begin : min(begin + step, end)]))
+            chunk = view[begin : min(begin + step, end)]
+            place = space, number, begin, token, checksum_of(chunk) if summed else 0
+            context.emit(
+                SendBulk(peer.name, encode_control(Kind.CHUNK, context.id, context.incarnation, *place), chunk)
+            )
 
     def _on_records_loaded(self, event: events.RecordsLoaded) -> None:
         spilling = self.publishing.spilling

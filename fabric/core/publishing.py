@@ -13,6 +13,7 @@ from fabric.core.durable import DurableWrites
 from fabric.core.events import Broadcast, BurstClosed, FeedOpened
 from fabric.core.feeds import OutFeed, Reader, Retention
 from fabric.core.keeping import Keeping
+from fabric.core.leases import Leases
 from fabric.core.members import MS, Context, Members, Peer, S
 from fabric.core.registrations import Registration, Registrations
 from fabric.core.saving import Saving
@@ -49,6 +50,7 @@ class Publishing:
         self._saving = Saving(context, self.registrations, self._position_of)
         self.keeping = Keeping(context, self.retention, self.spilling, self._saving)
         self.answering = Answering(context, self.by_id, self.spilling)
+        self.leases = Leases(context, self.by_id)
         self._expired: dict[str, dict[int, None]] = {}
         """Subscriptions of members that were absent too long; should they come back, they are told."""
         self.on_left: Callable[[Registration, OutFeed, bool], None] = lambda registration, out, rests: None
@@ -466,6 +468,7 @@ class Publishing:
         self.retention.check_invariants(self.by_id.values())
         self.spilling.check_invariants()
         self.durable.check_invariants()
+        self.leases.check_invariants()
         for registration in self.registrations:
             assert registration.unproven.keys() <= registration.joins.keys() <= self.by_id.keys()
         for out in self.by_id.values():

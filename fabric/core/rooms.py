@@ -5,7 +5,7 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
-from fabric.core.wire import Burst, Drop, decode_descriptor
+from fabric.core.wire import Burst, Descriptor, Drop, decode_descriptor
 from fabric.errors import WireFormatError
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ class Claims:
         """This held record is addressed."""
         heappush(self._waiting, offset)
 
-    def lowest(self) -> tuple[int, int, int, str | None] | None:
-        """The lowest value that nobody asked for: (offset, size, checksum, why it cannot be had)."""
+    def lowest(self) -> tuple[int, Descriptor, str | None] | None:
+        """The lowest value that nobody asked for: its offset, what is said of it, why it cannot be had."""
         while self._waiting:
             offset = self._waiting[0]
             burst = self._held.get(offset)
@@ -85,10 +85,10 @@ class Claims:
                 heappop(self._waiting)
                 continue
             try:
-                size, checksum = decode_descriptor(burst.body(offset - burst.first))
+                descriptor = decode_descriptor(burst.body(offset - burst.first))
             except WireFormatError:  # an empty value is none either: it would never be complete
-                return offset, 0, 0, Drop.UNDECODABLE
-            return offset, size, checksum, Drop.TOO_LARGE if size > self._room.payload_bytes_max else None
+                return offset, Descriptor(0, 0), Drop.UNDECODABLE
+            return offset, descriptor, Drop.TOO_LARGE if descriptor.size > self._room.payload_bytes_max else None
         return None
 
     def take(self, offset: int, size: int, *, is_next: bool) -> bool:
@@ -106,12 +106,12 @@ class Claims:
         """This record is not held any more."""
         self._room.payload -= self.sizes.pop(offset, 0)
 
-    def under_way(self) -> list[tuple[int, int, int]]:
-        """The values that have room and have not come, lowest first: (offset, size, checksum)."""
+    def under_way(self) -> list[tuple[int, Descriptor]]:
+        """The values that have room and have not come, lowest first."""
         found = []
         for offset in sorted(self._awaiting & self.sizes.keys()):
             burst = self._held[offset]
-            found.append((offset, *decode_descriptor(burst.body(offset - burst.first))))
+            found.append((offset, decode_descriptor(burst.body(offset - burst.first))))
         return found
 
 

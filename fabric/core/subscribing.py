@@ -26,6 +26,7 @@ from fabric.core.guards import Retry
 from fabric.core.lanes import InboundFeed
 from fabric.core.members import MS, Context, Members, Peer
 from fabric.core.rooms import Room
+from fabric.core.sharing import SlotRead
 from fabric.core.subscriptions import Key, Row, Subscription
 from fabric.core.wire import Drop, Kind, feed_id
 from fabric.errors import TopicError
@@ -413,6 +414,10 @@ class Subscribing:
     def on_payload(self, feed: int, offset: int, payload: Buffer | None, reason: str) -> None:
         """An addressed value is here, or will not come."""
         self._look_at(self.following.on_payload(feed, offset, payload, reason))
+
+    def on_read(self, event: SlotRead) -> None:
+        """A slot in the arena of its publisher was looked at."""
+        self._look_at(self.following.on_read(event))
 
     def on_available(
         self, peer: Peer, feed: int, token: int, first: int, end: int, lost: list[tuple[int, int]]

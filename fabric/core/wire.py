@@ -21,7 +21,7 @@ from itertools import accumulate, chain, pairwise
 from operator import add, le, lt
 from struct import Struct, pack, unpack_from
 from struct import error as StructError
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 from xxhash import xxh3_64_intdigest as checksum_of
@@ -35,12 +35,15 @@ __all__ = [
     "CONTROL_BYTES_MAX",
     "DATA_BYTES_MAX",
     "NONE",
+    "SAMPLE_BLOCKS",
     "TOMBSTONE",
     "VERSION",
     "Burst",
     "Control",
+    "Descriptor",
     "Drop",
     "Kind",
+    "Slot",
     "checksum_of",
     "decode_control",
     "decode_data",
@@ -75,13 +78,16 @@ _DATA = Struct("<Q2sBBHHQQIIq")
 _CONTROL = Struct("<2sBBIQQ")
 _TRAILER = Struct("<Q")
 _DESCRIPTOR = Struct("<QQ")
+_PLACED = Struct("<QQQIIII")
 _U64_END = 2**64
 OFFSET_END = 2**63
 """Offsets are 0 <= offset < OFFSET_END: `previous` is a signed column."""
+SAMPLE_BLOCKS = 16
+"""Blocks of 4 KiB in the sample that the checksum of a value in an arena covers: 5 us, however large it is."""
 _ENTRIES_MAX = 16_384
 """Entries in one list of a message; the longest of ours is the farewell, one entry a feed. Bounds a hostile length."""
 _COLUMN_BYTES = 8 + 8 + 8 + 4 + 1
-assert (_DATA.size, _CONTROL.size, _DESCRIPTOR.size) == (48, 24, 16)
+assert (_DATA.size, _CONTROL.size, _DESCRIPTOR.size, _PLACED.size) == (48, 24, 16, 40)
 
 RECORD_BYTES = _COLUMN_BYTES
 """What a record adds to a burst besides its body."""
@@ -345,19 +351,48 @@ def _check_head(frame: bytes, magic: bytes, version: int) -> None:
         raise WireFormatError("the bytes have changed", reason=Drop.CHECKSUM)
 
 
-def encode_descriptor(size: int, checksum: int) -> bytes:
-    """The body of an addressed record: the size of its value in bytes and the XXH3-64 of it."""
-    return _DESCRIPTOR.pack(size, checksum)
+class Slot(NamedTuple):
+    """A piece of its publisher's arena; `generation` is never used twice, nor 0."""
+
+    segment: int
+    number: int
+    generation: int
 
 
-def decode_descriptor(body: bytes) -> tuple[int, int]:
-    """(size in bytes, checksum)."""
-    if len(body) != _DESCRIPTOR.size:
+class Descriptor(NamedTuple):
+    """What the body of an addressed record says of its value."""
+
+    size: int
+    """In bytes, at least 1."""
+    checksum: int
+    """The XXH3-64 of the value, or of a sample of it."""
+    sample: int = 0
+    """How many blocks the sample has (`payloads.sampled_sum`); 0: the checksum is of all bytes."""
+    slot: Slot | None = None
+    """Where it lies in the arena of its publisher, for members of the same host."""
+
+
+def encode_descriptor(size: int, checksum: int, sample: int = 0, slot: Slot | None = None) -> bytes:
+    """The body of an addressed record: 16 bytes, or 40 if the value lies in an arena."""
+    if slot is None:
+        return _DESCRIPTOR.pack(size, checksum)
+    return _PLACED.pack(size, checksum, slot.generation, slot.segment, slot.number, sample, 0)
+
+
+def decode_descriptor(body: bytes) -> Descriptor:
+    """What a descriptor says. Raises `WireFormatError`."""
+    if len(body) == _DESCRIPTOR.size:
+        found = Descriptor(*_DESCRIPTOR.unpack(body))
+    elif len(body) == _PLACED.size:
+        size, checksum, generation, segment, number, sample, reserved = _PLACED.unpack(body)
+        if reserved or not generation or sample not in (0, SAMPLE_BLOCKS):
+            raise WireFormatError("a slot that cannot be", reason=Drop.SHAPE)
+        found = Descriptor(size, checksum, sample, Slot(segment, number, generation))
+    else:
         raise WireFormatError(f"a descriptor of {len(body)} bytes", reason=Drop.SHAPE)
-    size, checksum = _DESCRIPTOR.unpack(body)
-    if not size:
+    if not found.size:
         raise WireFormatError("a descriptor of nothing", reason=Drop.SHAPE)
-    return size, checksum
+    return found
 
 
 # CONTROL and the headers of BULK.

@@ -6,7 +6,7 @@ import numpy as np
 
 from fabric.core import events
 from fabric.core.wire import checksum_of
-from fabric.payloads import BufferPool, Digest, PooledBuffer, copy_summed
+from fabric.payloads import BufferPool, Digest, PooledBuffer, copy_summed, sampled_sum
 
 __all__ = ["Assemblies"]
 
@@ -25,6 +25,12 @@ class _Assembly:
         self.digest, self.summed, self.starved = Digest(), 0, False
         self.place: PooledBuffer | None = None
         self.view: memoryview | None = None
+
+    @property
+    def filled(self) -> memoryview:
+        """What was put together."""
+        assert self.place is not None, "all of it was placed"
+        return self.place.view
 
 
 class Assemblies:
@@ -66,7 +72,7 @@ class Assemblies:
         """The bytes, read-only; None if they are not what their publisher sent: then they are expected once more."""
         key = command.space, command.number
         assembly = self._all[key]
-        if self._sum(assembly) != command.checksum:
+        if self._sum(assembly, command.sample) != command.checksum:
             assembly.view, assembly.summed = None, -1
             return None
         del self._all[key]
@@ -77,11 +83,12 @@ class Assemblies:
             assembly.place.release()
         return assembly.view
 
-    def _sum(self, assembly: _Assembly) -> int:
+    def _sum(self, assembly: _Assembly, sample: int) -> int:
+        if sample:
+            return sampled_sum(assembly.view if assembly.view is not None else assembly.filled, sample)
         if assembly.view is not None:
             return checksum_of(assembly.view)
-        assert assembly.place is not None, "all of it was placed"
-        return assembly.digest.intdigest() if assembly.summed == assembly.size else checksum_of(assembly.place.view)
+        return assembly.digest.intdigest() if assembly.summed == assembly.size else checksum_of(assembly.filled)
 
     def drop(self, command: events.DropPayload) -> None:
         """Give up a payload."""

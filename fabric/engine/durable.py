@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fabric.config import BURST_BYTES_MAX, WhenFull
 from fabric.core.wire import ADDRESSED, NONE, RECORD_BYTES, checksum_of, encode_descriptor
+from fabric.engine.filling import fill
 from fabric.engine.steps import Steps, Wait
 from fabric.errors import PayloadError, QueueFullError, WaitTimeoutError
 from fabric.payloads import Pending, Plan, pack_metadata, plan
@@ -133,7 +134,7 @@ class Durability:
 
     def _publishing_large(self, planned: Plan, seed: int, packed: bytes) -> Steps[int]:
         outbox = self._outbox
-        buffer, pending, descriptor = outbox._fill(planned)
+        buffer, pending, descriptor = fill(outbox.engine, planned, None)  # only the disk keeps it
         if pending is not None:
             yield from self._copying(pending)
         frozen = _Frozen(buffer.freeze())

@@ -19,6 +19,7 @@ from fabric.config import FabricConfig
 from fabric.core import events
 from fabric.core.events import Card
 from fabric.core.machine import FabricCore
+from fabric.core.sharing import AdmitReader, FreeSlots, ReadSlot, RefuseReader
 from fabric.core.wire import Drop, feed_prefix
 from fabric.engine.assembling import Assemblies
 from fabric.engine.budget import Budget
@@ -26,6 +27,7 @@ from fabric.engine.devices import Devices
 from fabric.engine.inbox import Hand, Inbox
 from fabric.engine.letters import Letters
 from fabric.engine.outbox import Outbox
+from fabric.engine.sharing import NoSharing
 from fabric.engine.storing import NoStore, Store
 from fabric.errors import BrokenError, ClosedError, WrongProcessError
 from fabric.message import RedrivenFeed
@@ -114,6 +116,7 @@ class Engine:
         self.wall_ns: Callable[[], int] = time.time_ns
         self.letters = Letters(self)
         self.devices = Devices(config.inboxes.assembly_bytes_max)
+        self.sharing = NoSharing()
         self.probe: Callable[[Card], bool] = lambda card: False
         """Whether the process of this card, on this host, is proven dead."""
 
@@ -143,6 +146,7 @@ class Engine:
             events.LoadRecords: lambda c: self.store.ask(c),
             events.ReleaseRecords: lambda c: self.store.ask(c),
             events.SaveRegistrations: lambda c: self.store.ask(c),
+            **dict.fromkeys((ReadSlot, FreeSlots, RefuseReader, AdmitReader), lambda c: self.sharing.execute(c)),
         }
 
     # Driving. Everything in this section needs the lock, but for `submit`, `push` and `require_open`.
@@ -216,6 +220,7 @@ class Engine:
         limits, clock = self.config.work, self.clock
         began = now = clock()
         self._close_bursts(now)
+        self.sharing.turn(now)
         handled = self._drain()
         left, more = limits.turn_bursts_max, False
         while True:
@@ -311,6 +316,7 @@ class Engine:
         self.store.abandon()
         self.letters.abandon()
         self.transport.abandon()
+        self.sharing.abandon()
 
     def require_open(self) -> None:
         """Raise `ClosedError`, `BrokenError` or `WrongProcessError` if the engine is no longer there."""
@@ -413,6 +419,8 @@ class Engine:
         try:
             self.transport.connect(command.key, Endpoints(*command.card.endpoints))
             self.on_connect(command.card)
+            if command.key == command.card.name:
+                self.sharing.meet(command.card)
         except TransportError as error:
             self.counts["connections_refused"] += 1
             log.warning("cannot connect to %s: %s", command.key, error)
@@ -420,6 +428,7 @@ class Engine:
     def _disconnect(self, command: events.DisconnectPeer) -> None:
         self._forget_bulk(command.key)
         self.transport.disconnect(command.key)
+        self.sharing.part(command.key)
 
     def _forget_bulk(self, key: str) -> None:
         self._bulk.pop(key, None)
@@ -468,6 +477,7 @@ class Engine:
                 return
             self.closed = True
             self.transport.close(linger_s)
+            self.sharing.close()
         self.store.close()
         self.letters.close()
         self.on_progress()

@@ -28,11 +28,13 @@ from fabric.core.wire import (
 )
 from fabric.engine.budget import Budget
 from fabric.engine.durable import Durability
+from fabric.engine.filling import Room, fill
 from fabric.engine.pacing import Pacing
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import BrokenError, ClosedError, QueueFullError
-from fabric.payloads import BYTES, Pending, Plan, PooledBuffer, StagingError, pack_metadata, plan
+from fabric.payloads import BYTES, Pending, Plan, StagingError, pack_metadata, plan
 from fabric.topics import check_seed
+from transports.arena import Slot
 
 if TYPE_CHECKING:
     from fabric.engine.loop import Engine
@@ -256,7 +258,7 @@ class Outbox:
 
     def _publish_addressed(self, planned: Plan, seed: int, packed: bytes) -> int:
         """The value goes into a buffer of its own, the burst carries its descriptor and leaves at once."""
-        buffer, pending, descriptor = self._fill(planned)
+        buffer, pending, descriptor = fill(self.engine, planned, self.feed)
         place = buffer, pending, planned.kind | ADDRESSED, seed, descriptor, packed
         try:
             while (sequence := self._alone(self._take_addressed, *place)) is None:
@@ -272,7 +274,7 @@ class Outbox:
         return sequence
 
     def _take_addressed(
-        self, buffer: PooledBuffer, pending: Pending | None, kind: int, seed: int, descriptor: bytes, packed: bytes
+        self, buffer: Room, pending: Pending | None, kind: int, seed: int, descriptor: bytes, packed: bytes
     ) -> int | None:
         """In a burst of its own, which leaves at once; None if there is no room for it."""
         self._require_open()
@@ -286,18 +288,6 @@ class Outbox:
         sequence = self._append(seed, kind, descriptor, packed, RECORD_BYTES + len(packed))
         self._close()
         return sequence
-
-    def _fill(self, planned: Plan) -> tuple[PooledBuffer, Pending | None, bytes]:
-        """The value's bytes, the copies that are under way, and the descriptor; none yet while copies are."""
-        if planned.on_device:
-            return *self.engine.devices.stage(planned), b""
-        buffer = self.engine.pool.take(planned.size)
-        try:
-            checksum = planned.write_summed(buffer.view)
-        except BaseException:
-            buffer.release()
-            raise
-        return buffer, None, encode_descriptor(planned.size, checksum)
 
     # The open burst; all of these need it to themselves.
 
@@ -378,6 +368,8 @@ class Outbox:
         payloads: dict[int, memoryview] = {}
         for offset, buffer in closed.payloads.items():
             view = payloads[offset] = buffer.freeze()
+            if isinstance(buffer, Slot):
+                self.engine.sharing.note(self.feed, offset, buffer.place, len(view))
             if not closed.bodies[offset - closed.first]:  # it came from a device
                 closed.bodies[offset - closed.first] = encode_descriptor(len(view), checksum_of(view))
         metadata = list(map(closed.metadata.get, range(len(closed.bodies)), repeat(b""))) if closed.metadata else None

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from fabric.engine.loop import Engine
-from transports import Transport, TransportClosedError
+from transports import TransportClosedError
 
 __all__ = ["Sleeper", "ThreadedWaits"]
 
@@ -32,10 +32,9 @@ PATIENCE_NS = 1000 * MS
 class Sleeper:
     """One thread's place to sleep."""
 
-    def __init__(self, transport: Transport) -> None:
-        descriptors = (
-            transport.descriptors()
-        )  # first: it raises `TransportClosedError`, and then there is nothing to undo
+    def __init__(self, engine: Engine) -> None:
+        # First: it raises `TransportClosedError`, and then there is nothing to undo.
+        descriptors = [*engine.transport.descriptors(), *engine.sharing.descriptors()]
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
         for descriptor in (self._event, *descriptors):
@@ -120,7 +119,7 @@ class ThreadedWaits:
         """Begin to drive in the background."""
         self._engine = engine
         engine.on_progress = self._progress
-        self._background = Sleeper(engine.transport)
+        self._background = Sleeper(engine)
         self._thread = threading.Thread(target=self._run, name=f"fabric-{engine.card.name}", daemon=True)
         self._thread.start()
 
@@ -164,7 +163,7 @@ class ThreadedWaits:
             sleeper = self._idle.pop() if self._idle else None
         if sleeper is None:
             with engine.lock:  # under which the transport closes: its descriptors are nobody else's by now
-                sleeper = Sleeper(engine.transport)
+                sleeper = Sleeper(engine)
         with self._lock:
             sleeper.is_over = is_over
             self._waiting.append(sleeper)

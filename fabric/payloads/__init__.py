@@ -14,7 +14,7 @@ from fabric.payloads.pool import BufferPool, PooledBuffer
 from fabric.payloads.receiving import decode_into, own
 from fabric.payloads.schema import ARRAY, BYTES, FLOAT, INTEGER, TENSOR, TEXT, TREE
 from fabric.payloads.staging import DeviceQueue, Pending, StagingError, stage
-from fabric.payloads.summing import Digest, copy_summed
+from fabric.payloads.summing import Digest, copy_summed, sampled_sum
 from fabric.payloads.trees import register
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "pack_metadata",
     "plan",
     "register",
+    "sampled_sum",
     "stage",
     "unpack_metadata",
 ]

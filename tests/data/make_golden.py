@@ -12,6 +12,7 @@ from fabric.core.wire import (
     ADDRESSED,
     NONE,
     Kind,
+    Slot,
     encode_burst,
     encode_control,
     encode_descriptor,
@@ -44,12 +45,15 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.REQUEST: (1, 1, "evaluate", 1, 10000, 2, b"\x80", b"value"),
     Kind.ACCEPTED: (1,),
     Kind.REPLY: (1, False, 2, b"answer"),
-    Kind.FETCH: (FEED, 17, 1048576, 4194304, 3),
+    Kind.FETCH: (FEED, 17, 1048576, 4194304, 3, True),
+    Kind.HOLDS: ([(FEED, 3, True, 17, [(5, 6)])],),
+    Kind.LEASED: ([(FEED, 3)],),
+    Kind.RECALL: ([(FEED,)],),
     Kind.ROSTER_ASK: (*CARD, 9),
     Kind.ROSTER: ([(*CARD, 7)],),
     Kind.REPAIR: (FEED, 12),
     Kind.AVAILABLE: (FEED, 12, 2, 17, [(5, 6)]),
-    Kind.CHUNK: (FEED, 17, 1048576, 3),
+    Kind.CHUNK: (FEED, 17, 1048576, 3, 0x0123456789ABCDEF),
     Kind.MISSING: (FEED, 17, 3),
 }
 
@@ -58,6 +62,7 @@ def frames() -> dict[str, bytes]:
     """Every golden frame by the name of its file."""
     plain = (FEED, INCARNATION, 5, 1_700_000_000_000_000_000, [17, 18, 17], [2, 0, 3], [4, NONE, 5], [1, 2, 3])
     descriptor = encode_descriptor(1 << 20, 0x0123456789ABCDEF)
+    slot = encode_descriptor(1 << 20, 0x0123456789ABCDEF, 16, Slot(2, 5, 41))
     addressed = (FEED, INCARNATION, 8, 1_700_000_000_000_000_000, [17], [4], [7], [ADDRESSED | 1], [descriptor])
     data = {
         "data_burst": encode_burst(*plain, [b"first", b"", b"third"]),
@@ -65,6 +70,7 @@ def frames() -> dict[str, bytes]:
             *plain, [b"first", b"", b"third"], [b"\x81\xa4step\x07", b"", b"\x80"]
         ),
         "data_burst_addressed": encode_burst(*addressed),
+        "data_burst_in_arena": encode_burst(*addressed[:-1], [slot]),
         "data_marker": encode_marker(FEED, INCARNATION, 17, 1_700_000_000_000_000_000, [99, 2**64 - 1]),
     }
     link = {kind: "control" if kind < Kind.REPAIR else "bulk" for kind in Kind}

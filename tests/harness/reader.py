@@ -212,7 +212,7 @@ class Reader:
         size, checksum = DESCRIPTOR.unpack(descriptor)
         chunks = self.chunks.setdefault((space, number), {})
         self.ask(
-            lambda: self.send(FETCH, space, number, 0, size, next(self.tokens)),
+            lambda: self.send(FETCH, space, number, 0, size, next(self.tokens), False),
             lambda: sum(map(len, chunks.values())) >= size,
             "all chunks",
         )
@@ -320,7 +320,8 @@ class Reader:
         self.repaired += [record.offset for record in burst.records]
         self.feeds[feed].records.update({record.offset: record for record in burst.records})
 
-    def _on_chunk(self, chunk: bytes, space: int, number: int, position: int, token: int) -> None:
+    def _on_chunk(self, chunk: bytes, space: int, number: int, position: int, token: int, checksum: int) -> None:
+        assert checksum in (0, xxh3(chunk))
         self.chunks[space, number][position] = chunk
 
     def _on_reply(self, _: bytes, number: int, failed: bool, kind: int, blob: bytes) -> None:

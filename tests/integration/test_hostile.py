@@ -204,7 +204,7 @@ def test_a_peer_that_is_impersonated_with_nonsense_of_the_right_form_goes_on(bes
         Kind.FIN: (TOPIC, 1, incarnation, feed, 0, far, True),
         Kind.ACCEPTED: (99,),
         Kind.REPLY: (99, False, 1, b"unasked"),
-        Kind.FETCH: (feed, 0, 0, far, 1),
+        Kind.FETCH: (feed, 0, 0, far, 1, True),
         Kind.UNREGISTER: (77, True),
         Kind.REQUEST: (12345, 0, "ping", 1, 1000, 255, b"\xc1", b"\xc1"),
     }
@@ -215,7 +215,7 @@ def test_a_peer_that_is_impersonated_with_nonsense_of_the_right_form_goes_on(bes
         Kind.AVAILABLE: (feed, 1, far, 0, []),
         Kind.MISSING: (feed, far, 1),
         Kind.REPAIR: (feed, 1),
-        Kind.CHUNK: (feed, far, far, 1),
+        Kind.CHUNK: (feed, far, far, 1, 0),
     }.items():
         besieged.stranger.bulk.send_multipart([encode_control(kind, source, incarnation, *fields), b"nonsense"])
     until(lambda: besieged.count("duplicate") > duplicates, what="the unasked reply")

@@ -84,7 +84,7 @@ class Reader:
 
     def take(self, burst: Burst) -> None:
         self.inbound.receive(burst)
-        assert all(offset in self.addressed for offset, _, _ in self.inbound.claim())
+        assert all(offset in self.addressed for offset, _ in self.inbound.claim())
 
     def settle(self, index: int, _: int = 0) -> None:
         """Some message in hand that nothing in its lanes precedes."""

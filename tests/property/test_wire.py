@@ -182,7 +182,7 @@ def test_a_marker_is_read_as_it_was_written(feed: int, life: int, end: int, nonc
 
 @given(st.integers(1, 2**64 - 1), U64)
 def test_a_descriptor_is_read_as_it_was_written(size: int, checksum: int) -> None:
-    assert decode_descriptor(encode_descriptor(size, checksum)) == (size, checksum)
+    assert decode_descriptor(encode_descriptor(size, checksum)) == (size, checksum, 0, None)
 
 
 @given(st.binary(max_size=40).filter(lambda body: len(body) != 16))

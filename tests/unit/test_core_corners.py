@@ -11,7 +11,7 @@ from fabric.config import Delivery, FabricConfig, Requests
 from fabric.core import events, fetching
 from fabric.core import machine as core_machine
 from fabric.core.ranges import RangeSet
-from fabric.core.wire import Drop, Kind, encode_control, member_id
+from fabric.core.wire import Descriptor, Drop, Kind, encode_control, member_id
 from tests.harness.pair import MS, Link
 from tests.unit.test_exchange import executed
 from tests.unit.test_fetching import KEY, Desk
@@ -46,13 +46,13 @@ def test_replies_whose_deadline_passed_make_room_for_new_requests() -> None:
 def test_a_value_in_crumbs_is_taken_as_far_as_there_is_room_to_note_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "PIECES_MAX", 2)
     desk = Desk()
-    desk.fetching.begin(KEY, "a", 10, 99)
+    desk.fetching.begin(KEY, "a", Descriptor(10, 99))
     for position in (0, 2, 4):
-        desk.fetching.on_chunk("a", KEY, position, b"x")
+        desk.fetching.on_chunk("a", KEY, position, b"x", 0)
     assert desk.context.counts[Drop.NO_ROOM] == 1
     desk.told()
-    desk.fetching.on_chunk("a", KEY, 1, b"x")  # joins two pieces: now there is room, but not for a third
-    desk.fetching.on_chunk("a", KEY, 6, b"x")
+    desk.fetching.on_chunk("a", KEY, 1, b"x", 0)  # joins two pieces: now there is room, but not for a third
+    desk.fetching.on_chunk("a", KEY, 6, b"x", 0)
     assert [type(command) for command in desk.told()] == []
     assert desk.context.counts[Drop.NO_ROOM] == 3
 

@@ -114,7 +114,7 @@ def test_values_that_were_claimed_and_have_not_come_are_known_by_what_they_are()
     assert inbound.claimed() == []
     claims = list(inbound.claim())
     assert inbound.claimed() == claims
-    assert [size for _, size, _ in claims] == [100]
+    assert [descriptor.size for _, descriptor in claims] == [100]
 
 
 def test_places_of_topics_that_are_over_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

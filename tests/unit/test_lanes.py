@@ -164,7 +164,7 @@ def test_a_value_that_cannot_be_had_is_a_gap_with_its_reason() -> None:
     desk, numbering = Desk(), Numbering()
     burst = numbering.burst([0, 0, 0, 0], payloads={1: b"x", 2: b"y"})
     desk.inbound.receive(burst)
-    assert [offset for offset, _, _ in desk.inbound.claim()] == [1, 2]
+    assert [offset for offset, _ in desk.inbound.claim()] == [1, 2]
     desk.inbound.payload_lost(2, Drop.CORRUPT_AT_SOURCE)
     desk.inbound.payload_lost(1, Drop.TOO_LARGE)
     desk.inbound.payload_lost(1, Drop.TOO_LARGE)
@@ -182,20 +182,20 @@ def test_addressed_values_are_asked_for_within_the_room() -> None:
     bursts = [numbering.burst([seed], payloads={0: b"12345678"}) for seed in range(3)]
     for burst in bursts:
         desk.inbound.receive(burst)
-    assert [offset for offset, _, _ in desk.inbound.claim()] == [0]
+    assert [offset for offset, _ in desk.inbound.claim()] == [0]
     desk.inbound.payload_arrived(1, b"12345678")  # another subscription asked for it
     assert desk.room.payload == 8
     assert desk.inbound.awaiting == {0, 1, 2}
     desk.inbound.payload_arrived(0, b"12345678")
     assert desk.delivered() == [0]
     assert desk.room.payload == 0
-    assert [offset for offset, _, _ in desk.inbound.claim()] == [1]
+    assert [offset for offset, _ in desk.inbound.claim()] == [1]
     desk.inbound.payload_arrived(1, b"12345678")
-    assert [offset for offset, _, _ in desk.inbound.claim()] == []
+    assert [offset for offset, _ in desk.inbound.claim()] == []
     assert desk.delivered() == [0], "the hand is full"
     desk.inbound.settle(0, 1, desk.room.hand)
     assert desk.delivered() == [0, 1]
-    assert [offset for offset, _, _ in desk.inbound.claim()] == [2]
+    assert [offset for offset, _ in desk.inbound.claim()] == [2]
 
 
 def test_a_gap_before_a_lost_value_keeps_its_own_reason() -> None:

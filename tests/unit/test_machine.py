@@ -193,13 +193,20 @@ def test_a_silent_peer_is_suspect_then_down_and_comes_back() -> None:
 @pytest.mark.parametrize("kind", [Kind.REPAIR, Kind.CHUNK, Kind.MISSING, Kind.AVAILABLE])
 def test_a_header_of_bulk_is_no_message(kind: Kind) -> None:
     link = Link("a", "b")
-    fields = {Kind.REPAIR: (1, 2), Kind.CHUNK: (1, 2, 3, 4), Kind.MISSING: (1, 2, 3), Kind.AVAILABLE: (1, 2, 3, 4, [])}
+    fields = {
+        Kind.REPAIR: (1, 2),
+        Kind.CHUNK: (1, 2, 3, 4, 5),
+        Kind.MISSING: (1, 2, 3),
+        Kind.AVAILABLE: (1, 2, 3, 4, []),
+    }
     assert say(link, kind, *fields[kind]) == []
     assert link["a"].counts[Drop.KIND] == 1
 
 
 @pytest.mark.parametrize("chunk", [None, b"x"])
-@pytest.mark.parametrize(("kind", "fields"), [(Kind.ACCEPTED, (1,)), (Kind.CHUNK, (1, 2, 3, 4)), (Kind.REPAIR, (1, 2))])
+@pytest.mark.parametrize(
+    ("kind", "fields"), [(Kind.ACCEPTED, (1,)), (Kind.CHUNK, (1, 2, 3, 4, 5)), (Kind.REPAIR, (1, 2))]
+)
 def test_what_is_no_bulk_is_counted(kind: Kind, fields: tuple[int, ...], chunk: bytes | None) -> None:
     link = Link("a", "b")
     link.do("a", events.BulkReceived(encode_control(kind, member_id("b"), 1, *fields), chunk))
@@ -318,7 +325,7 @@ def test_a_flood_of_named_feeds_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         (Kind.ACKNOWLEDGE, ([(n, FEED, 5) for n in range(4000)],)),
         (Kind.PULL, (FEED, 1, 2**64 - 1, [(0, 2**64 - 1)] * 4000)),
         (Kind.PULL, (FEED, 1, 2**64 - 1, [(n, n + 2) for n in range(0, 8000, 2)])),
-        (Kind.FETCH, (FEED, 0, 0, 2**64 - 1, 1)),
+        (Kind.FETCH, (FEED, 0, 0, 2**64 - 1, 1, False)),
         (Kind.BYE, ([(FEED, 2**64 - 1, True)] * 4000, True)),
     ],
 )
@@ -341,7 +348,7 @@ def test_a_value_is_sent_in_pieces_within_a_bound() -> None:
     link.subscribe("b", "t")
     link.crank()
     link.publish("a", "t", [0], payloads={0: bytes(FETCH_BYTES_MAX + 100)})
-    chunks = told(say(link, Kind.FETCH, FEED, 0, 0, 2**64 - 1, 1), Kind.CHUNK)
+    chunks = told(say(link, Kind.FETCH, FEED, 0, 0, 2**64 - 1, 1, False), Kind.CHUNK)
     assert len(chunks) == FETCH_BYTES_MAX // config.repair.chunk_bytes
 
 

@@ -324,11 +324,11 @@ def test_an_addressed_value_is_fetched_in_chunks_and_missing_when_it_is_gone() -
     link.publish("a", "t", [0], payloads={0: value})
     link.run(100)
     assert link["b"].values("t") == [value]
-    assert told(say(link, Kind.FETCH, FEED, 5, 0, 10, 1), Kind.MISSING) == [[FEED, 5, 1]]
-    assert told(say(link, Kind.FETCH, 99, 0, 0, 10, 1), Kind.MISSING) == [[99, 0, 1]]
-    chunks = told(say(link, Kind.FETCH, FEED, 0, 2**20 - 5, 10, 1), Kind.CHUNK)
-    assert chunks == [[FEED, 0, 2**20 - 5, 1]]
-    assert say(link, Kind.FETCH, FEED, 0, 2**63, 2**64 - 1, 1) == []
+    assert told(say(link, Kind.FETCH, FEED, 5, 0, 10, 1, False), Kind.MISSING) == [[FEED, 5, 1]]
+    assert told(say(link, Kind.FETCH, 99, 0, 0, 10, 1, False), Kind.MISSING) == [[99, 0, 1]]
+    chunks = told(say(link, Kind.FETCH, FEED, 0, 2**20 - 5, 10, 1, False), Kind.CHUNK)
+    assert chunks == [[FEED, 0, 2**20 - 5, 1, 0]]
+    assert say(link, Kind.FETCH, FEED, 0, 2**63, 2**64 - 1, 1, False) == []
 
 
 def test_an_older_feed_of_ours_has_no_known_end() -> None:

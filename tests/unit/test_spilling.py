@@ -190,16 +190,16 @@ def test_a_peer_has_few_questions_waiting_and_a_pull_takes_the_place_of_the_one_
     for token in range(3):
         core._messages[Kind.PULL](peer, (out.feed, token, 10_000, [(0, 3)]))
     for token in range(3):
-        core._messages[Kind.FETCH](peer, (out.feed, 0, 0, 10, token))
+        core._messages[Kind.FETCH](peer, (out.feed, 0, 0, 10, token, False))
     loads = [command for command in core.context.commands if isinstance(command, events.LoadRecords)]
     assert [load.firsts for load in loads] == [(0, 1, 2)], "one question at a time"
     parked = core.publishing.spilling._parked
-    assert [(kind, fields[-1] if kind is Kind.FETCH else fields[1]) for _, kind, fields in parked] == [
+    assert [(kind, fields[4] if kind is Kind.FETCH else fields[1]) for _, kind, fields in parked] == [
         (Kind.PULL, 2),
         (Kind.FETCH, 2),
     ], "of those that wait, the latest"
     for position in range(100):
-        core._messages[Kind.FETCH](peer, (out.feed, 0, position, 10, 1))
+        core._messages[Kind.FETCH](peer, (out.feed, 0, position, 10, 1, False))
     assert len(parked) <= 64
     assert link["a"].counts[Drop.NO_ROOM] == 37
 
@@ -220,7 +220,7 @@ def test_a_fetch_that_is_repeated_while_it_is_answered_is_answered_once() -> Non
 
 
 def ask(peer: Peer, feed: int, token: int) -> events.ControlReceived:
-    return events.ControlReceived(encode_control(Kind.FETCH, peer.id, peer.incarnation, feed, 0, 0, 300, token))
+    return events.ControlReceived(encode_control(Kind.FETCH, peer.id, peer.incarnation, feed, 0, 0, 300, token, False))
 
 
 def test_a_pull_loads_no_more_than_its_credit_values_included() -> None:
@@ -291,7 +291,7 @@ def test_many_questions_about_different_bursts_are_answered_however_little_may_b
     peer, out = core.members.by_name["b"], core.publishing.feeds["t"]
     asked = [(first, position) for first in (4, 0, 3, 1, 9) for position in (0, 100, 200)]
     for first, position in asked:
-        core._messages[Kind.FETCH](peer, (out.feed, first, position, 100, 1))
+        core._messages[Kind.FETCH](peer, (out.feed, first, position, 100, 1, False))
     for command in core.context.commands:
         link["a"].reported.append(command)
     core.context.commands.clear()

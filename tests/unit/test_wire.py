@@ -151,5 +151,5 @@ def test_names_and_feeds_are_found_by_their_numbers() -> None:
 
 
 def test_a_descriptor_of_nothing_is_refused() -> None:
-    assert decode_descriptor(encode_descriptor(1, 2)) == (1, 2)
+    assert decode_descriptor(encode_descriptor(1, 2)) == (1, 2, 0, None)
     assert refused(decode_descriptor, encode_descriptor(0, 2)) == Drop.SHAPE
