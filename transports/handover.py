@@ -353,7 +353,7 @@ class SocketHandover:
             connection.life = None
 
     def _forget_the_oldest(self) -> None:
-        """Stop watching who left first, if more are watched than may connect: in a process that joins a thousand times."""
+        """Stop watching who left first, if more are watched than may connect: a process may join often."""
         gone = [life for life in self._known.values() if life.connection is None]
         if len(gone) > self._readers_max:
             self.counts["forgotten_readers"] += 1

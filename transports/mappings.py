@@ -1,4 +1,4 @@
-"""What one process reads of the arenas of others: segments that their writers handed over, and who still looks at them."""
+"""What one process reads of the arenas of others: segments that were handed over, and what is still looked at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What crosses the seam to shared memory: what readers and retention let go of, what may be reused, what is to be read."""
+"""What crosses the seam to shared memory: what was let go of, what may be reused, what is to be looked at."""
 
 from __future__ import annotations
 

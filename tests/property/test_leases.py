@@ -1,4 +1,4 @@
-"""A slot is reused only when no reader looks at it, and in the end always: whatever is lost, and whoever begins anew."""
+"""A slot is reused only when no reader looks at it, and in the end always, whatever is lost and whoever begins anew."""
 
 from __future__ import annotations
 
