@@ -160,6 +160,10 @@ class Engine:
         """Hand an event over that may wait for the next turn."""
         self._submitted.append(event)
 
+    def submit_first(self, event: object) -> None:
+        """Hand an event over that must not wait behind others; from the turn that handles it."""
+        self._submitted.appendleft(event)
+
     def hand_of(self, item: events.Deliver) -> Hand:
         """What was delivered, for the application's hand: what is settled there is told to the core, or the letters."""
         feed: Any = item.feed

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ROW", "Outbox"]
 
+US = 1_000
 QUIET_BURST_BYTES = 4 * 1024
 QUIET_ROOM = QUIET_BURST_BYTES + 4 * 1024
 """Reserved for an open burst of a topic whose last one left half empty; a busy topic has the whole: with 80 KiB for
@@ -49,10 +50,15 @@ ROOM = BURST_BYTES_MAX + 16 * 1024
 """Reserved for an open burst: its records and their columns."""
 ATTEND_BYTES = 2 * 1024 * 1024
 """A thread that floods sees to the sockets after so many bytes: half of what is acknowledged at once."""
+FLOOD_NS = 300 * US
+"""Large values in shared memory that follow each other faster share bursts ..."""
+FLOOD_VALUES = 4
+"""... of so many, or of what comes within the age of a burst: what a burst costs both sides is then a quarter."""
+SHARED_PACE = 4
+"""What lies in shared memory passes no socket: those are seen to less often."""
 T = TypeVar("T")
 ROW = 5
 """Entries of one record in `Outbox.rows`."""
-US = 1_000
 
 
 class _Closed:
@@ -105,7 +111,7 @@ class Outbox:
         """By seed: the next sequence and the offset of the record before it."""
         self._limit = engine.config.inboxes.payload_bytes_max
         self._leaving: deque[_Closed] = deque()
-        self.room = self._unpaced = self._filled = 0
+        self.room = self._unpaced = self._filled = self._addressed_ns = 0
         self._burst_max = BURST_BYTES_MAX
         """Where the open burst is full."""
         self._is_busy = True
@@ -257,11 +263,15 @@ class Outbox:
         return sequence
 
     def _publish_addressed(self, planned: Plan, seed: int, packed: bytes) -> int:
-        """The value goes into a buffer of its own, the burst carries its descriptor and leaves at once."""
+        """The value has memory of its own; the burst carries its descriptor, and leaves at once but in a flood."""
+        if not self._has_room(ROOM + planned.size):  # before it takes memory that another has to leave first
+            self._wait_for_room(ROOM + planned.size)
         buffer, pending, descriptor = fill(self.engine, planned, self.feed)
+        is_shared = isinstance(buffer, Slot)
         place = buffer, pending, planned.kind | ADDRESSED, seed, descriptor, packed
         try:
-            while (sequence := self._alone(self._take_addressed, *place)) is None:
+            while (sequence := self._alone(self._take_addressed, *place, may_wait=is_shared)) is None:
+                self.engine.push()
                 self._wait_for_room(ROOM + planned.size)
         except BaseException:
             buffer.release()  # it was not taken
@@ -270,28 +280,49 @@ class Outbox:
         if pending is not None:
             self.engine.note_open(self)
         self._record_bytes = planned.size
-        self._pace(planned.size)
+        self._pace(planned.size // SHARED_PACE if is_shared else planned.size)
         return sequence
 
     def _take_addressed(
-        self, buffer: Room, pending: Pending | None, kind: int, seed: int, descriptor: bytes, packed: bytes
+        self,
+        buffer: Room,
+        pending: Pending | None,
+        kind: int,
+        seed: int,
+        descriptor: bytes,
+        packed: bytes,
+        *,
+        may_wait: bool,
     ) -> int | None:
-        """In a burst of its own, which leaves at once; None if there is no room for it."""
+        """Into the open burst or a new one, which leaves at once unless `may_wait` for the rest of a flood.
+
+        None if there is no room for it.
+        """
         self._require_open()
-        if self.rows:
-            self._close()
-        if not self._open(ROOM + len(buffer.view)):
-            return None
+        size, large = RECORD_BYTES + len(packed) + len(descriptor), len(buffer.view)
+        joins = bool(self.rows) and may_wait and self.size + size <= self._burst_max and self.budget.take(large)
+        if joins:
+            self.room += large
+        else:
+            if self.rows:
+                self._close()
+            if not self._open(ROOM + large):
+                return None
         self.payloads[self.next] = buffer
         if pending is not None:
             self.waiting.append((self.next, pending))
-        sequence = self._append(seed, kind, descriptor, packed, RECORD_BYTES + len(packed))
-        self._close()
+        sequence = self._append(seed, kind, descriptor, packed, size)
+        now = self.engine.clock()
+        is_flood, self._addressed_ns = now - self._addressed_ns < FLOOD_NS, now
+        if not (may_wait and is_flood) or len(self.payloads) >= FLOOD_VALUES:
+            self._close()
+        elif not joins:
+            self.engine.note_open(self)
         return sequence
 
     # The open burst; all of these need it to themselves.
 
-    def _alone(self, work: Callable[..., T], *arguments: Any) -> T:  # noqa: ANN401 - the work's own
+    def _alone(self, work: Callable[..., T], *arguments: Any, **named: Any) -> T:  # noqa: ANN401 - the work's own
         """Do some work while nobody else touches the open burst."""
         turn = self._turn
         with self.lock:
@@ -307,7 +338,7 @@ class Outbox:
                     raise
                 else:
                     try:
-                        return work(*arguments)
+                        return work(*arguments, **named)
                     finally:
                         turn.append(None)
 

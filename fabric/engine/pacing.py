@@ -20,6 +20,8 @@ PACE_BYTES = 24 * 1024 * 1024
 """Ahead of the fastest reader; well below what the sockets hold, 1,000 bursts of 64 KiB."""
 PACE_PAYLOADS = 3
 """... or so many large values: enough to keep the link busy, few enough that their buffers stay warm."""
+PACE_ARENA = 4
+"""... and no more than this part of an arena: a value that finds no slot travels by socket, and takes ten times as long."""
 PACE_S = 0.1
 """The longest that a flooding thread gives way; a reader that has not moved then is not waited for until it does."""
 
@@ -34,7 +36,7 @@ class Pacing:
         """The steps of a short wait, if one is needed; records are so large on average."""
         engine = self._engine
         out = engine.core.publishing.feeds.get(self._topic)
-        most = max(PACE_BYTES, PACE_PAYLOADS * record_bytes)
+        most = max(PACE_BYTES, min(PACE_PAYLOADS * record_bytes, engine.config.arena.bytes_max // PACE_ARENA))
 
         def fastest(out: OutFeed) -> int:
             return max(list(out.readers.values()), default=next_offset())

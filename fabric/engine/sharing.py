@@ -165,8 +165,8 @@ class Sharing(NoSharing):
         if forgotten:
             submit(SlotsForgotten([self._values[place] for place in forgotten]))
         released = self._mappings.released()
-        if released:
-            submit(SlotsReleased([self._let_go(key) for key in released]))
+        if released:  # before what was settled: an acknowledgement makes room for a value that needs a slot
+            self._engine.submit_first(SlotsReleased([self._let_go(key) for key in released]))
         if now >= self._poll_ns:
             self._poll_ns = now + POLL_NS
             self._mappings.listen()
