@@ -24,10 +24,12 @@ from struct import error as StructError
 from typing import Any
 
 import msgpack
+from xxhash import xxh3_64
 from xxhash import xxh3_64_intdigest as checksum_of
 
 from fabric.config import BURST_BYTES_MAX
 from fabric.core.fields import FIELDS_BY_CODE, Kind
+from fabric.core.seam import Buffer
 from fabric.errors import WireFormatError
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "decode_data",
     "decode_descriptor",
     "encode_burst",
+    "encode_columns",
     "encode_control",
     "encode_descriptor",
     "encode_marker",
@@ -302,6 +305,24 @@ def encode_burst(
     head = _DATA.pack(feed, MAGIC, VERSION, BURST, flags, 0, incarnation, first, n, 0, published_ns)
     frame = b"".join((head, columns, *extra, packed_kinds, *pieces))
     return frame + _TRAILER.pack(checksum_of(frame))
+
+
+def encode_columns(
+    feed: int,
+    incarnation: int,
+    first: int,
+    count: int,
+    published_ns: int,
+    columns: bytes,
+    kind: int,
+    bodies: Buffer,
+) -> bytes:
+    """One DATA frame of records of one kind, whose columns are packed: seeds, sequences, previous, lengths."""
+    head = _DATA.pack(feed, MAGIC, VERSION, BURST, 0, 0, incarnation, first, count, 0, published_ns)
+    prefix = b"".join((head, columns, bytes((kind,)) * count))
+    checksum = xxh3_64(prefix)
+    checksum.update(bodies)
+    return b"".join((prefix, bodies, _TRAILER.pack(checksum.intdigest())))
 
 
 def encode_marker(feed: int, incarnation: int, end: int, published_ns: int, nonces: Sequence[int] = ()) -> bytes:

@@ -27,7 +27,9 @@ from fabric.core.wire import (
     encode_descriptor,
 )
 from fabric.engine.budget import Budget
+from fabric.engine.columns import Int64s
 from fabric.engine.durable import Durability
+from fabric.engine.many import ROOM, Many, Ready
 from fabric.engine.pacing import Pacing
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import BrokenError, ClosedError, QueueFullError
@@ -43,8 +45,6 @@ QUIET_BURST_BYTES = 4 * 1024
 QUIET_ROOM = QUIET_BURST_BYTES + 4 * 1024
 """Reserved for an open burst of a topic whose last one left half empty; a busy topic has the whole: with 80 KiB for
 each of ten thousand quiet topics nothing would be left for the busy ones."""
-ROOM = BURST_BYTES_MAX + 16 * 1024
-"""Reserved for an open burst: its records and their columns."""
 ATTEND_BYTES = 2 * 1024 * 1024
 """A thread that floods sees to the sockets after so many bytes: half of what is acknowledged at once."""
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class Outbox:
         self._lanes: dict[int, list[int]] = {}
         """By seed: the next sequence and the offset of the record before it."""
         self._limit = engine.config.inboxes.payload_bytes_max
-        self._leaving: deque[_Closed] = deque()
+        self._leaving: deque[_Closed | Ready] = deque()
         self.room = self._unpaced = self._filled = 0
         self._burst_max = BURST_BYTES_MAX
         """Where the open burst is full."""
@@ -170,22 +170,19 @@ class Outbox:
             return self._publish_addressed(planned, seed, packed)
         return self._publish_small(planned.kind, planned.tobytes(), seed, packed)
 
-    def publish_many(self, values: Any, *, seeds: Any) -> list[int]:  # noqa: ANN401 - any sequences
+    def publish_many(self, values: Any, *, seeds: Any) -> list[int] | Int64s:  # noqa: ANN401 - any sequences
         """Publish each of `values` in the lane of the seed beside it; returns their sequences.
 
+        The rows of an array or tensor are values, as `publish` would take them, and their sequences come as an array.
         Raises as `publish`; then those before it were taken. `ValueError`: there are not as many seeds as values.
         """
-        if len(values) != len(seeds):
-            raise ValueError(f"{len(values)} values and {len(seeds)} seeds")
-        checked = [seed if seed.__class__ is int and seed >= 0 else check_seed(seed) for seed in seeds]
-        sequences: list[int] = []
-        self._publish_rest(values, checked, sequences)
-        return sequences
+        many = Many(self, values, seeds)
+        while not many.is_over:
+            many.go_on()
+        return many.sequences
 
-    def _publish_rest(self, values: Sequence[object], checked: Sequence[int], sequences: list[int]) -> None:
+    def publish_rest(self, values: Sequence[object], checked: Sequence[int], sequences: list[int]) -> None:
         """Publish the values from `len(sequences)` on; if it raises, `sequences` says what was taken."""
-        if self.durability is not None:
-            run_steps(self.durability.publishing_many(values, checked, sequences), self._until)
         while len(sequences) < len(values):
             self._alone(self._append_plain, values, checked, sequences)
             if len(sequences) < len(values):
@@ -356,11 +353,11 @@ class Outbox:
         """What is not under way any more leaves for the core, in order."""
         while self._leaving:
             closed = self._leaving[0]
-            if closed.waiting:
+            if isinstance(closed, _Closed) and closed.waiting:
                 if not all(self._is_done(closed, entry) for entry in list(closed.waiting)):
                     break
                 closed.waiting.clear()  # they may still look at the buffers, which are frozen now
-            self.engine.submit_later(self._encode(closed))
+            self.engine.submit_later(self._encode(closed) if isinstance(closed, _Closed) else closed.event)
             self._leaving.popleft()
 
     def _is_done(self, closed: _Closed, entry: tuple[int, Pending]) -> bool:
@@ -471,6 +468,10 @@ class Outbox:
 
     def _wait_for_room(self, room: int) -> None:
         run_steps(self._making_room(room), self._until)
+
+    def wait_for(self, steps: Steps[T]) -> T:
+        """Take these steps, waiting in between."""
+        return run_steps(steps, self._until)
 
     def _until(self, wait: Wait) -> bool:
         return self.engine.until(wait.is_over, wait.timeout_s)

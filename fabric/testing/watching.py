@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fabric.client import Fabric, Publisher
 from fabric.config import Policy, WhenFull
+from fabric.engine.columns import Int64s
 from fabric.engine.inbox import Inbox
 from fabric.message import Message, RedrivenFeed
 from fabric.subscription import Subscription
@@ -35,12 +36,12 @@ class WatchedPublisher(Publisher):
         self.history.published(self.book, self.next - 1, check_seed(seed), sequence, value)
         return sequence
 
-    def publish_many(self, values: Any, *, seeds: Any) -> list[int]:  # noqa: ANN401 - any sequences
+    def publish_many(self, values: Any, *, seeds: Any) -> list[int] | Int64s:  # noqa: ANN401 - any sequences
         """As `Publisher.publish_many`."""
         sequences = super().publish_many(values, seeds=seeds)
         first = self.next - len(sequences)
         for index, (value, seed, sequence) in enumerate(zip(values, seeds, sequences, strict=True)):
-            self.history.published(self.book, first + index, check_seed(seed), sequence, value)
+            self.history.published(self.book, first + index, check_seed(seed), int(sequence), value)
         return sequences
 
 
