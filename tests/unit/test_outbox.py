@@ -177,3 +177,14 @@ def test_the_room_of_many_that_are_interrupted_before_they_are_numbered_is_given
         with pytest.raises(Interrupted):
             publisher.publish_many([VALUE] * FULL, seeds=[0] * FULL)
         assert (publisher.next, publisher.budget.reserved) == (0, 0)
+
+
+def test_many_short_calls_make_full_bursts() -> None:
+    with World(world_size=1) as world:
+        publisher = world.join(0).publisher("t", when_full="block")
+        for _ in range(10):
+            publisher.publish_many(np.zeros((100, 256), np.uint8), seeds=[0] * 100)
+        publisher.close_burst()
+        publisher.engine.push()
+        bursts = list(publisher.engine.core.publishing.feeds["t"].kept)
+        assert [burst.end - burst.first for burst in bursts] == [200] * 5
