@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from itertools import accumulate, chain, pairwise
 from operator import add, le, lt
-from struct import Struct, pack, unpack_from
+from struct import Struct, pack, unpack, unpack_from
 from struct import error as StructError
 from typing import Any
 
@@ -155,6 +155,7 @@ class Burst:
 
     __slots__ = (
         "_columns",
+        "_layout",
         "_previous",
         "count",
         "end",
@@ -184,13 +185,14 @@ class Burst:
         self.has_addressed = bool(flags & HAS_ADDRESSED)
         """Whether any record's value lies with the publisher."""
         self._columns: tuple[Any, ...] | None = None
+        self._layout: tuple[bytes, Sequence[int], tuple[int, ...] | None] | None = None
         self._previous: tuple[int, ...] | None = None
         self.payloads: dict[int, Any] | None = None
 
     def twin(self) -> Burst:
         """The same records, for another subscription: only what is fetched for them is its own."""
         twin = Burst(self.frame, self.feed, self.incarnation, self.first, self.count, self.flags, self.published_ns)
-        twin._columns, twin._previous = self._columns, self._previous
+        twin._columns, twin._layout, twin._previous = self._columns, self._layout, self._previous
         return twin
 
     @property
@@ -200,13 +202,29 @@ class Burst:
         `starts` has one entry more than records.
         """
         if self._columns is None:
-            self._columns = self._unpack()
+            numbers = f"<{self.count}q"
+            self._columns = (unpack(numbers, self.packed_seeds), unpack(numbers, self.packed_sequences), *self.layout)
         return self._columns
 
-    def _unpack(self) -> tuple[Any, ...]:
+    @property
+    def packed_seeds(self) -> memoryview:
+        """The column of seeds, i64."""
+        return memoryview(self.frame)[_DATA.size : _DATA.size + 8 * self.count]
+
+    @property
+    def packed_sequences(self) -> memoryview:
+        """The column of sequences, i64."""
+        return memoryview(self.frame)[_DATA.size + 8 * self.count : _DATA.size + 16 * self.count]
+
+    @property
+    def layout(self) -> tuple[bytes, Sequence[int], tuple[int, ...] | None]:
+        """Kinds, starts and metadata lengths: the columns that say what lies where."""
+        if self._layout is None:
+            self._layout = self._lay_out()
+        return self._layout
+
+    def _lay_out(self) -> tuple[bytes, Sequence[int], tuple[int, ...] | None]:
         n, frame, at = self.count, self.frame, _DATA.size
-        seeds = unpack_from(f"<{n}q", frame, at)
-        sequences = unpack_from(f"<{n}q", frame, at + 8 * n)
         lengths = frame[at + 24 * n : at + 28 * n]
         at += 28 * n
         metadata, fits = None, True
@@ -218,15 +236,14 @@ class Burst:
         starts = _starts(at + n, lengths, n)
         if not fits or starts[-1] != len(frame) - _TRAILER.size:
             raise WireFormatError("lengths do not add up", reason=Drop.SHAPE)
-        return seeds, sequences, kinds, starts, metadata
+        return kinds, starts, metadata
 
     def check(self) -> None:
         """Raise `WireFormatError` unless every row is possible: no negative numbers, flags that tell the truth.
 
         ASCII means: no byte has its highest bit, which is the sign of a number and the mark of an addressed record.
         """
-        columns = self.columns
-        if columns[2].isascii() is self.has_addressed:
+        if self.layout[0].isascii() is self.has_addressed:
             raise WireFormatError("the flag of addressed records lies", reason=Drop.SHAPE)
         at = _DATA.size
         if not self.frame[at + 7 : at + 16 * self.count : 8].isascii():  # the highest bytes of seeds and sequences
@@ -249,19 +266,19 @@ class Burst:
 
     def bodies(self) -> Sequence[bytes]:
         """The values of all records. Raises nothing; call it only where no record has metadata."""
-        starts, frame = self.columns[3], self.frame
+        starts, frame = self.layout[1], self.frame
         if isinstance(starts, range):  # one call of C for all
             return unpack_from(f"{starts.step}s" * self.count, frame, starts.start)
         return [frame[a:b] for a, b in pairwise(starts)]
 
     def body(self, index: int) -> bytes:
         """The value of one record, without its metadata."""
-        starts, metadata = self.columns[3], self.columns[4]
+        _, starts, metadata = self.layout
         return self.frame[starts[index] + (metadata[index] if metadata else 0) : starts[index + 1]]
 
     def metadata(self, index: int) -> bytes:
         """The packed metadata of one record; empty if it has none."""
-        starts, metadata = self.columns[3], self.columns[4]
+        _, starts, metadata = self.layout
         return self.frame[starts[index] : starts[index] + metadata[index]] if metadata else b""
 
     def __repr__(self) -> str:

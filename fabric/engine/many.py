@@ -14,7 +14,7 @@ from fabric.config import BURST_BYTES_MAX, Policy
 from fabric.core.events import BurstClosed
 from fabric.core.wire import encode_columns
 from fabric.engine.columns import Columns, Int64s, as_sequences, check_seeds, columns_of, number
-from fabric.engine.steps import Steps
+from fabric.engine.steps import Steps, run_steps
 from fabric.payloads.plans import LEAVES
 
 if TYPE_CHECKING:
@@ -86,11 +86,11 @@ class Many:
             return
         outbox, begin = self._outbox, len(self._sequences)
         if outbox.durability is not None:
-            outbox.wait_for(self.publishing(outbox.durability))
+            run_steps(self.publishing(outbox.durability), outbox._until)
             return
         end, taken = begin + VALUES_AT_ONCE, list[int]()
         try:
-            outbox.publish_rest(self.values[begin:end], self.seeds[begin:end], taken)
+            outbox._publish_rest(self.values[begin:end], self.seeds[begin:end], taken)
         finally:
             self._sequences += taken
 

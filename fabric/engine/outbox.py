@@ -181,7 +181,7 @@ class Outbox:
             many.go_on()
         return many.sequences
 
-    def publish_rest(self, values: Sequence[object], checked: Sequence[int], sequences: list[int]) -> None:
+    def _publish_rest(self, values: Sequence[object], checked: Sequence[int], sequences: list[int]) -> None:
         """Publish the values from `len(sequences)` on; if it raises, `sequences` says what was taken."""
         while len(sequences) < len(values):
             self._alone(self._append_plain, values, checked, sequences)
@@ -468,10 +468,6 @@ class Outbox:
 
     def _wait_for_room(self, room: int) -> None:
         run_steps(self._making_room(room), self._until)
-
-    def wait_for(self, steps: Steps[T]) -> T:
-        """Take these steps, waiting in between."""
-        return run_steps(steps, self._until)
 
     def _until(self, wait: Wait) -> bool:
         return self.engine.until(wait.is_over, wait.timeout_s)
