@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fabric.core.lanes import InboundFeed
     from fabric.core.wire import Burst
 
-__all__ = ["HeldMessage", "Message", "RedrivenFeed", "Reply", "Request", "TriedMessage", "plain_messages"]
+__all__ = ["HeldMessage", "Message", "RedrivenFeed", "Reply", "Request", "TriedMessage", "messages_of"]
 
 
 class RedrivenFeed:
@@ -132,9 +132,20 @@ class Message:
         return f"Message({self.source}/{self.topic}, seed={self.seed}, sequence={self.sequence})"
 
 
-def plain_messages(
+def messages_of(
+    burst: Burst, feed: InboundFeed | RedrivenFeed, rows: Sequence[int], left: Iterator[int]
+) -> Iterator[Message]:
+    """A message for each of `rows`, none a tombstone; `left` iterates over them, and is used up as far as they are."""
+    seeds, sequences, kinds, _, metadata = burst.columns
+    if isinstance(rows, range) and metadata is None and kinds.count(BYTES) == len(kinds):
+        part = slice(rows.start, rows.stop)
+        return _plain_messages(burst, feed, left, seeds[part], sequences[part], burst.bodies()[part])
+    return (Message(burst, row, feed, seeds[row], sequences[row]) for row in left)
+
+
+def _plain_messages(
     burst: Burst,
-    feed: InboundFeed,
+    feed: InboundFeed | RedrivenFeed,
     rows: Iterator[int],
     seeds: Sequence[int],
     sequences: Sequence[int],

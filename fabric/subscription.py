@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -17,8 +16,8 @@ from fabric.engine.inbox import Gap, Hand, Inbox
 from fabric.engine.letter_forms import Burial
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import ClosedError, ConfigError, PayloadError, ReceiveTimeoutError, WrongThreadError
-from fabric.message import HeldMessage, Message, RedrivenFeed, plain_messages
-from fabric.payloads import BYTES
+from fabric.message import HeldMessage, Message, RedrivenFeed, messages_of
+from fabric.table import Piece, Table
 
 if TYPE_CHECKING:
     from fabric.core.lanes import InboundFeed
@@ -83,8 +82,6 @@ class SubscriptionBase:
         self._closed = self._rests = False
         self.bytes_received = self.messages_received = 0
 
-    # Taking.
-
     def drain(self) -> Iterator[Message]:
         """The messages that are here now, oldest first of each lane; never waits.
 
@@ -95,7 +92,7 @@ class SubscriptionBase:
             self._settle_hand()
         finally:
             self._user.release()
-        self._look()
+        self._engine.attend()
         return self._messages()
 
     def _settle_hand(self) -> None:
@@ -118,7 +115,7 @@ class SubscriptionBase:
                 return
             yield message
             hand = self._hand
-            if hand is None or self._at + 1 >= len(hand.rows) or self._manual or hand.item.feed.latest:
+            if hand is None or self._at + 1 >= len(hand.rows) or not self._is_plain(hand):
                 continue
             # Fast path: the rest of the burst, without asking anybody. How far it came is seen from the rows that are
             # left; whoever breaks off, or takes messages in between, looks there first (`_catch_up`).
@@ -137,25 +134,30 @@ class SubscriptionBase:
             raise
         message.value = into
 
-    def _take_more(self, messages: list[Message], n: int) -> list[Message]:
-        """Add what is here until there are `n`."""
-        self._enter(settle=False)
-        try:
-            while len(messages) < n:
-                hand = self._hand
-                if hand is not None and not (self._manual or hand.item.feed.latest):
-                    self._running, rest = self._rest_of_hand(hand)
-                    messages += islice(rest, n - len(messages))
-                    self._catch_up()
-                    if len(messages) == n:
-                        break
-                message = self._next(keep=True)
-                if message is None:
-                    break
-                messages.append(message)
-        finally:
-            self._user.release()
-        return messages
+    def _gather(self, n: int, first: Message | None = None) -> Table | None:
+        """What is here, at most `n` messages, all of them in hand at once; after `first`, which was just taken."""
+        pieces, left, hand = list[Piece](), max(n, 1), self._hand
+        if first is not None and hand is not None and self._is_plain(hand):
+            self._at -= 1  # it comes again, with its burst
+        elif first is not None:
+            pieces.append(Piece.of(first))
+            left -= 1
+        while left:
+            hand = self._hand
+            if hand is None or self._at + 1 >= len(hand.rows):
+                if self._turn_page(bool(pieces), True):
+                    continue
+                break
+            if self._is_plain(hand):
+                rows = hand.rows[self._at + 1 : self._at + 1 + left]
+                self._at += len(rows)
+                pieces.append(Piece(hand.item.burst, hand.item.feed, rows))
+            elif (message := self._next(keep=bool(pieces))) is not None:
+                pieces.append(Piece.of(message))
+            else:
+                break
+            left -= len(pieces[-1].rows)
+        return Table(pieces, own=self._owning) if pieces else None
 
     def _catch_up(self) -> None:
         """The messages of the fast path were handed out as far as their rows are used up; no more come of it."""
@@ -164,21 +166,17 @@ class SubscriptionBase:
             self._at = len(self._hand.rows) - 1 - length_hint(running)
             deque(running, maxlen=0)
 
-    def _rest_of_hand(self, hand: Hand) -> tuple[Iterator[int], Iterator[Message]]:
-        """The rows after the last that was handed out, and their messages, which use them up.
+    def _is_plain(self, hand: Hand) -> bool:
+        """Whether all of its messages are handed out just as they lie there."""
+        item = hand.item
+        is_apart = self._manual or self._owning or self._known or item.feed.latest
+        return not (is_apart or TOMBSTONE in item.burst.layout[0])
 
-        Without rows if some of the burst are not handed out.
-        """
-        begin, burst, feed = self._at + 1, hand.item.burst, hand.item.feed
-        rows = hand.rows[begin:]
-        seeds, sequences, kinds, _, metadata = burst.columns
+    def _rest_of_hand(self, hand: Hand) -> tuple[Iterator[int], Iterator[Message]]:
+        """The rows after the last that was handed out, and their messages, which use them up."""
+        rows = hand.rows[self._at + 1 :]
         left = iter(rows)
-        if self._owning or TOMBSTONE in kinds or self._known:
-            return left, iter(())
-        if isinstance(rows, range) and metadata is None and kinds.count(BYTES) == len(kinds):
-            at = rows.start
-            return left, plain_messages(burst, feed, left, seeds[at:], sequences[at:], burst.bodies()[at:])
-        return left, (Message(burst, row, feed, seeds[row], sequences[row]) for row in left)
+        return left, messages_of(hand.item.burst, hand.item.feed, rows, left)
 
     def _waiting(self, timeout_s: float, *, ending: bool = False) -> Steps[Message | None]:
         """The steps of waiting for a message. None comes only where all feeds are over, and only if `ending`."""
@@ -265,7 +263,7 @@ class SubscriptionBase:
             else:
                 hand.settle_all()
         if look and not items:
-            self._look()
+            self._engine.attend()  # sees to the sockets, if nobody does
         else:
             self._engine.waits.attended(self._engine)
         if not items:
@@ -291,10 +289,6 @@ class SubscriptionBase:
             for row in range(item.burst.count) if item.rows is None else item.rows:
                 key = item.feed, seeds[row]
                 self._newest[key] = max(self._newest.get(key, -1), item.burst.first + row)
-
-    def _look(self) -> None:
-        """See to the sockets, if nobody does."""
-        self._engine.attend()
 
     # Handling.
 
@@ -416,7 +410,9 @@ class SubscriptionBase:
 
     def _enter(self, *, settle: bool = True) -> None:
         if not self._user.acquire(blocking=False):
-            raise WrongThreadError(owner=_name_of_thread(self._user_ident), caller=threading.current_thread().name)
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            owner = names.get(self._user_ident, "one that has ended")
+            raise WrongThreadError(owner=owner, caller=threading.current_thread().name)
         self._user_ident = threading.get_ident()
         engine = self._engine
         if self._closed or engine.closed or engine.broken is not None:
@@ -431,10 +427,6 @@ class SubscriptionBase:
 
     def __repr__(self) -> str:
         return f"Subscription({self.pattern!r}, waiting={len(self._inbox.items)}, feeds={len(self._inbox.open)})"
-
-
-def _name_of_thread(ident: int) -> str:
-    return next((thread.name for thread in threading.enumerate() if thread.ident == ident), "one that has ended")
 
 
 class Subscription(SubscriptionBase):
@@ -462,12 +454,18 @@ class Subscription(SubscriptionBase):
         finally:
             self._user.release()
 
-    def receive_many(self, n: int, *, timeout_s: float = 10.0) -> list[Message]:
+    def receive_many(self, n: int, *, timeout_s: float = 10.0) -> Table:
         """At least one and at most `n` messages; waits for the first. Raises as `receive`.
 
-        All of them are in hand until the next call.
+        All of them are in hand until the next call. A `Table` is a sequence of them, and has columns.
         """
-        return self._take_more([self.receive(timeout_s=timeout_s)], n)
+        self._enter()
+        try:
+            table = self._gather(n) or self._gather(n, self._wait(timeout_s))
+            assert table is not None, "nobody asked for an end"
+            return table
+        finally:
+            self._user.release()
 
     def __iter__(self) -> Iterator[Message]:
         """All messages, until every feed is over; while none has begun, it waits for one.

@@ -7,14 +7,12 @@ from typing import Any
 
 from fabric.aio.driving import LoopDriver, running_loop
 from fabric.config import Policy, WhenFull
+from fabric.engine.columns import Int64s
+from fabric.engine.many import Many
 from fabric.engine.outbox import ROW
 from fabric.publisher import PublisherBase
-from fabric.topics import check_seed
 
 __all__ = ["LoopOutbox", "Publisher"]
-
-MANY = 1024
-"""Values that `publish_many` takes before it lets others run: about a millisecond."""
 
 
 class _NoRoom(Exception):
@@ -73,33 +71,28 @@ class Publisher:
             await self._relax()
         return sequence
 
-    async def publish_many(self, values: Any, *, seeds: Any) -> list[int]:  # noqa: ANN401 - any sequences
+    async def publish_many(self, values: Any, *, seeds: Any) -> list[int] | Int64s:  # noqa: ANN401 - any sequences
         """Publish each of `values` in the lane of the seed beside it; returns their sequences.
 
+        The rows of an array or tensor are values, as `publish` would take them, and their sequences come as an array.
         Raises as `publish`; then those before it were taken. `ValueError`: there are not as many seeds as values.
         """
-        if len(values) != len(seeds):
-            raise ValueError(f"{len(values)} values and {len(seeds)} seeds")
         self._driver.check()
-        sequences: list[int] = []
-        if self._outbox.durability is not None:
-            seeds = list(map(check_seed, seeds))
-            await self._driver.run(self._outbox.durability.publishing_many(values, seeds, sequences))
-            return sequences
-        for first in range(0, len(values), MANY):
-            block, checked = values[first : first + MANY], list(map(check_seed, seeds[first : first + MANY]))
-            taken: list[int] = []
-            while len(taken) < len(block):
-                try:
-                    self._outbox._publish_rest(block, checked, taken)
-                except _NoRoom as full:
-                    room = full.room
+        outbox = self._outbox
+        many = Many(outbox, values, seeds)
+        while not many.is_over:
+            try:
+                if outbox.durability is not None:
+                    await self._driver.run(many.publishing(outbox.durability))
                 else:
-                    break
-                await self._driver.run(self._outbox._making_room(room))
-            sequences += taken
-            await self._relax()
-        return sequences
+                    many.go_on()
+            except _NoRoom as full:
+                room = full.room
+            else:
+                await self._relax()
+                continue
+            await self._driver.run(outbox._making_room(room))
+        return many.sequences
 
     async def wait_for_subscribers(self, n: int, *, timeout_s: float = 60.0) -> None:
         """Until `n` owed subscriptions of other members are registered: each receives the record published next.

@@ -11,6 +11,7 @@ from fabric.engine.inbox import Inbox
 from fabric.errors import WrongThreadError
 from fabric.message import Message
 from fabric.subscription import Options, SubscriptionBase
+from fabric.table import Table
 
 __all__ = ["Subscription"]
 
@@ -49,12 +50,20 @@ class Subscription(SubscriptionBase):
         finally:
             self._user.release()
 
-    async def receive_many(self, n: int, *, timeout_s: float = 10.0) -> list[Message]:
+    async def receive_many(self, n: int, *, timeout_s: float = 10.0) -> Table:
         """At least one and at most `n` messages; waits for the first. Raises as `receive`.
 
-        All of them are in hand until the next call.
+        All of them are in hand until the next call. A `Table` is a sequence of them, and has columns.
         """
-        return self._take_more([await self.receive(timeout_s=timeout_s)], n)
+        self._enter()
+        try:
+            if self._hand is None or self._at + 1 >= len(self._hand.rows):  # once in a burst
+                await self._driver.breathe()
+            table = self._gather(n) or self._gather(n, await self._driver.run(self._waiting(timeout_s)))
+            assert table is not None, "nobody asked for an end"
+            return table
+        finally:
+            self._user.release()
 
     def __aiter__(self) -> AsyncIterator[Message]:
         """All messages, until every feed is over; while none has begun, it waits for one.

@@ -19,15 +19,17 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from itertools import accumulate, chain, pairwise
 from operator import add, le, lt
-from struct import Struct, pack, unpack_from
+from struct import Struct, pack, unpack, unpack_from
 from struct import error as StructError
 from typing import Any, NamedTuple
 
 import msgpack
+from xxhash import xxh3_64
 from xxhash import xxh3_64_intdigest as checksum_of
 
 from fabric.config import BURST_BYTES_MAX
 from fabric.core.fields import FIELDS_BY_CODE, Kind
+from fabric.core.seam import Buffer
 from fabric.errors import WireFormatError
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "decode_data",
     "decode_descriptor",
     "encode_burst",
+    "encode_columns",
     "encode_control",
     "encode_descriptor",
     "encode_marker",
@@ -158,6 +161,7 @@ class Burst:
 
     __slots__ = (
         "_columns",
+        "_layout",
         "_previous",
         "count",
         "end",
@@ -187,13 +191,14 @@ class Burst:
         self.has_addressed = bool(flags & HAS_ADDRESSED)
         """Whether any record's value lies with the publisher."""
         self._columns: tuple[Any, ...] | None = None
+        self._layout: tuple[bytes, Sequence[int], tuple[int, ...] | None] | None = None
         self._previous: tuple[int, ...] | None = None
         self.payloads: dict[int, Any] | None = None
 
     def twin(self) -> Burst:
         """The same records, for another subscription: only what is fetched for them is its own."""
         twin = Burst(self.frame, self.feed, self.incarnation, self.first, self.count, self.flags, self.published_ns)
-        twin._columns, twin._previous = self._columns, self._previous
+        twin._columns, twin._layout, twin._previous = self._columns, self._layout, self._previous
         return twin
 
     @property
@@ -203,13 +208,29 @@ class Burst:
         `starts` has one entry more than records.
         """
         if self._columns is None:
-            self._columns = self._unpack()
+            numbers = f"<{self.count}q"
+            self._columns = (unpack(numbers, self.packed_seeds), unpack(numbers, self.packed_sequences), *self.layout)
         return self._columns
 
-    def _unpack(self) -> tuple[Any, ...]:
+    @property
+    def packed_seeds(self) -> memoryview:
+        """The column of seeds, i64."""
+        return memoryview(self.frame)[_DATA.size : _DATA.size + 8 * self.count]
+
+    @property
+    def packed_sequences(self) -> memoryview:
+        """The column of sequences, i64."""
+        return memoryview(self.frame)[_DATA.size + 8 * self.count : _DATA.size + 16 * self.count]
+
+    @property
+    def layout(self) -> tuple[bytes, Sequence[int], tuple[int, ...] | None]:
+        """Kinds, starts and metadata lengths: the columns that say what lies where."""
+        if self._layout is None:
+            self._layout = self._lay_out()
+        return self._layout
+
+    def _lay_out(self) -> tuple[bytes, Sequence[int], tuple[int, ...] | None]:
         n, frame, at = self.count, self.frame, _DATA.size
-        seeds = unpack_from(f"<{n}q", frame, at)
-        sequences = unpack_from(f"<{n}q", frame, at + 8 * n)
         lengths = frame[at + 24 * n : at + 28 * n]
         at += 28 * n
         metadata, fits = None, True
@@ -221,15 +242,14 @@ class Burst:
         starts = _starts(at + n, lengths, n)
         if not fits or starts[-1] != len(frame) - _TRAILER.size:
             raise WireFormatError("lengths do not add up", reason=Drop.SHAPE)
-        return seeds, sequences, kinds, starts, metadata
+        return kinds, starts, metadata
 
     def check(self) -> None:
         """Raise `WireFormatError` unless every row is possible: no negative numbers, flags that tell the truth.
 
         ASCII means: no byte has its highest bit, which is the sign of a number and the mark of an addressed record.
         """
-        columns = self.columns
-        if columns[2].isascii() is self.has_addressed:
+        if self.layout[0].isascii() is self.has_addressed:
             raise WireFormatError("the flag of addressed records lies", reason=Drop.SHAPE)
         at = _DATA.size
         if not self.frame[at + 7 : at + 16 * self.count : 8].isascii():  # the highest bytes of seeds and sequences
@@ -252,19 +272,19 @@ class Burst:
 
     def bodies(self) -> Sequence[bytes]:
         """The values of all records. Raises nothing; call it only where no record has metadata."""
-        starts, frame = self.columns[3], self.frame
+        starts, frame = self.layout[1], self.frame
         if isinstance(starts, range):  # one call of C for all
             return unpack_from(f"{starts.step}s" * self.count, frame, starts.start)
         return [frame[a:b] for a, b in pairwise(starts)]
 
     def body(self, index: int) -> bytes:
         """The value of one record, without its metadata."""
-        starts, metadata = self.columns[3], self.columns[4]
+        _, starts, metadata = self.layout
         return self.frame[starts[index] + (metadata[index] if metadata else 0) : starts[index + 1]]
 
     def metadata(self, index: int) -> bytes:
         """The packed metadata of one record; empty if it has none."""
-        starts, metadata = self.columns[3], self.columns[4]
+        _, starts, metadata = self.layout
         return self.frame[starts[index] : starts[index] + metadata[index]] if metadata else b""
 
     def __repr__(self) -> str:
@@ -308,6 +328,24 @@ def encode_burst(
     head = _DATA.pack(feed, MAGIC, VERSION, BURST, flags, 0, incarnation, first, n, 0, published_ns)
     frame = b"".join((head, columns, *extra, packed_kinds, *pieces))
     return frame + _TRAILER.pack(checksum_of(frame))
+
+
+def encode_columns(
+    feed: int,
+    incarnation: int,
+    first: int,
+    count: int,
+    published_ns: int,
+    columns: bytes,
+    kind: int,
+    bodies: Buffer,
+) -> bytes:
+    """One DATA frame of records of one kind, whose columns are packed: seeds, sequences, previous, lengths."""
+    head = _DATA.pack(feed, MAGIC, VERSION, BURST, 0, 0, incarnation, first, count, 0, published_ns)
+    prefix = b"".join((head, columns, bytes((kind,)) * count))
+    checksum = xxh3_64(prefix)
+    checksum.update(bodies)
+    return b"".join((prefix, bodies, _TRAILER.pack(checksum.intdigest())))
 
 
 def encode_marker(feed: int, incarnation: int, end: int, published_ns: int, nonces: Sequence[int] = ()) -> bytes:

@@ -11,28 +11,27 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice, repeat
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fabric.config import BURST_BYTES_MAX, Policy, WhenFull
-from fabric.core.events import BurstClosed, RoomNeeded
+from fabric.core.events import RoomNeeded
 from fabric.core.wire import (
     ADDRESSED,
     NONE,
     OFFSET_END,
     RECORD_BYTES,
-    TOMBSTONE,
-    checksum_of,
-    encode_burst,
-    encode_descriptor,
 )
 from fabric.engine.budget import Budget
+from fabric.engine.columns import Int64s
 from fabric.engine.durable import Durability
 from fabric.engine.filling import Room, fill
+from fabric.engine.leaving import Closed, Leaving
+from fabric.engine.many import ROOM, Many
 from fabric.engine.pacing import Pacing
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import BrokenError, ClosedError, QueueFullError
-from fabric.payloads import BYTES, Pending, Plan, StagingError, pack_metadata, plan
+from fabric.payloads import BYTES, Pending, Plan, pack_metadata, plan
 from fabric.topics import check_seed
 from transports.arena import Slot
 
@@ -46,8 +45,6 @@ QUIET_BURST_BYTES = 4 * 1024
 QUIET_ROOM = QUIET_BURST_BYTES + 4 * 1024
 """Reserved for an open burst of a topic whose last one left half empty; a busy topic has the whole: with 80 KiB for
 each of ten thousand quiet topics nothing would be left for the busy ones."""
-ROOM = BURST_BYTES_MAX + 16 * 1024
-"""Reserved for an open burst: its records and their columns."""
 ATTEND_BYTES = 2 * 1024 * 1024
 """A thread that floods sees to the sockets after so many bytes: half of what is acknowledged at once."""
 FLOOD_NS = 300 * US
@@ -59,23 +56,6 @@ SHARED_PACE = 4
 T = TypeVar("T")
 ROW = 5
 """Entries of one record in `Outbox.rows`."""
-
-
-class _Closed:
-    """A closed burst on its way to the core; it waits for copies from a device."""
-
-    __slots__ = ("bodies", "columns", "first", "kinds", "metadata", "payloads", "room", "waiting")
-
-    def __init__(self, outbox: Outbox) -> None:
-        rows = outbox.rows
-        self.first, self.columns = outbox.first, (rows[0::ROW], rows[1::ROW], rows[2::ROW])
-        self.kinds, self.bodies = rows[3::ROW], rows[4::ROW]
-        self.metadata, self.payloads, self.room, self.waiting = (
-            outbox.metadata,
-            outbox.payloads,
-            outbox.room,
-            outbox.waiting,
-        )
 
 
 class Outbox:
@@ -110,7 +90,7 @@ class Outbox:
         self._lanes: dict[int, list[int]] = {}
         """By seed: the next sequence and the offset of the record before it."""
         self._limit = engine.config.inboxes.payload_bytes_max
-        self._leaving: deque[_Closed] = deque()
+        self.leaving = Leaving(engine, topic, feed)
         self.room = self._unpaced = self._filled = self._addressed_ns = 0
         self._burst_max = BURST_BYTES_MAX
         """Where the open burst is full."""
@@ -178,22 +158,19 @@ class Outbox:
             return self._publish_addressed(planned, seed, packed)
         return self._publish_small(planned.kind, planned.tobytes(), seed, packed)
 
-    def publish_many(self, values: Any, *, seeds: Any) -> list[int]:  # noqa: ANN401 - any sequences
+    def publish_many(self, values: Any, *, seeds: Any) -> list[int] | Int64s:  # noqa: ANN401 - any sequences
         """Publish each of `values` in the lane of the seed beside it; returns their sequences.
 
+        The rows of an array or tensor are values, as `publish` would take them, and their sequences come as an array.
         Raises as `publish`; then those before it were taken. `ValueError`: there are not as many seeds as values.
         """
-        if len(values) != len(seeds):
-            raise ValueError(f"{len(values)} values and {len(seeds)} seeds")
-        checked = [seed if seed.__class__ is int and seed >= 0 else check_seed(seed) for seed in seeds]
-        sequences: list[int] = []
-        self._publish_rest(values, checked, sequences)
-        return sequences
+        many = Many(self, values, seeds)
+        while not many.is_over:
+            many.go_on()
+        return many.sequences
 
     def _publish_rest(self, values: Sequence[object], checked: Sequence[int], sequences: list[int]) -> None:
         """Publish the values from `len(sequences)` on; if it raises, `sequences` says what was taken."""
-        if self.durability is not None:
-            run_steps(self.durability.publishing_many(values, checked, sequences), self._until)
         while len(sequences) < len(values):
             self._alone(self._append_plain, values, checked, sequences)
             if len(sequences) < len(values):
@@ -368,55 +345,15 @@ class Outbox:
         """End the open burst; it leaves now, or once the copies before it are done."""
         self._record_bytes = max(1, self.size * ROW // len(self.rows))
         self._is_busy = 2 * self.size > self._burst_max
-        closed = _Closed(self)
-        self._leaving.append(closed)
-        self._clear()
-        self._leave()
-
-    def _leave(self) -> None:
-        """What is not under way any more leaves for the core, in order."""
-        while self._leaving:
-            closed = self._leaving[0]
-            if closed.waiting:
-                if not all(self._is_done(closed, entry) for entry in list(closed.waiting)):
-                    break
-                closed.waiting.clear()  # they may still look at the buffers, which are frozen now
-            self.engine.submit_later(self._encode(closed))
-            self._leaving.popleft()
-
-    def _is_done(self, closed: _Closed, entry: tuple[int, Pending]) -> bool:
-        offset, pending = entry
-        try:
-            return pending.poll()
-        except StagingError:
-            self.engine.counts["copies_failed"] += 1
-            closed.kinds[offset - closed.first] = TOMBSTONE
-            closed.payloads.pop(offset).release()
-            closed.waiting.remove(entry)
-            return True
-
-    def _encode(self, closed: _Closed) -> BurstClosed:
-        payloads: dict[int, memoryview] = {}
-        for offset, buffer in closed.payloads.items():
-            view = payloads[offset] = buffer.freeze()
-            if isinstance(buffer, Slot):
-                self.engine.sharing.note(self.feed, offset, buffer.place, len(view))
-            if not closed.bodies[offset - closed.first]:  # it came from a device
-                closed.bodies[offset - closed.first] = encode_descriptor(len(view), checksum_of(view))
-        metadata = list(map(closed.metadata.get, range(len(closed.bodies)), repeat(b""))) if closed.metadata else None
-        seeds = tuple(closed.columns[0]) if self.policy is Policy.LATEST else ()
-        incarnation = self.engine.card.incarnation
-        frame = encode_burst(
-            self.feed,
-            incarnation,
-            closed.first,
-            self.engine.wall_ns(),
-            *closed.columns,
-            closed.kinds,
-            closed.bodies,
-            metadata,
+        rows = self.rows
+        columns = [rows[column::ROW] for column in range(ROW)]
+        with_seeds = self.policy is Policy.LATEST
+        closed = Closed(
+            self.first, columns, self.metadata, self.payloads, self.waiting, self.room, with_seeds=with_seeds
         )
-        return BurstClosed(self.topic, closed.first, len(closed.bodies), frame, payloads or None, seeds, closed.room)
+        self.leaving.add(closed)
+        self._clear()
+        self.leaving.go()
 
     # Leaving.
 
@@ -446,9 +383,9 @@ class Outbox:
     def _close_due(self, now: int) -> int:
         if self.rows and now >= self.due_ns:
             self._close()
-        elif self._leaving:
-            self._leave()
-        return now + 1000 * US if self._leaving else 0  # a burst that was opened since is noted by itself
+        elif self.leaving:
+            self.leaving.go()
+        return now + 1000 * US if self.leaving else 0  # a burst that was opened since is noted by itself
 
     def close_burst(self) -> None:
         """Let the open burst leave now."""
@@ -457,8 +394,8 @@ class Outbox:
     def _close_now(self) -> None:
         if self.rows:
             self._close()
-        elif self._leaving:
-            self._leave()
+        elif self.leaving:
+            self.leaving.go()
 
     def shut(self) -> None:
         """No record is taken any more."""
@@ -470,13 +407,13 @@ class Outbox:
         """In a forked child: what is open belongs to the parent."""
         self.lock, self.closed = threading.Lock(), True
         self._turn = deque([None])
-        self._leaving.clear()
+        self.leaving.clear()
         self._clear()
 
     @property
     def has_left(self) -> bool:
         """Whether everything that was taken has left for the core."""
-        return not self.rows and not self._leaving
+        return not self.rows and not self.leaving
 
     def _pace(self, size: int) -> None:
         """A flooding thread sees to the sockets now and then."""

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fabric.client import Fabric, Publisher
 from fabric.config import Policy, WhenFull
+from fabric.engine.columns import Int64s
 from fabric.engine.inbox import Inbox
 from fabric.message import Message, RedrivenFeed
 from fabric.subscription import Subscription
+from fabric.table import Table
 from fabric.topics import check_seed
 
 if TYPE_CHECKING:
@@ -35,12 +37,12 @@ class WatchedPublisher(Publisher):
         self.history.published(self.book, self.next - 1, check_seed(seed), sequence, value)
         return sequence
 
-    def publish_many(self, values: Any, *, seeds: Any) -> list[int]:  # noqa: ANN401 - any sequences
+    def publish_many(self, values: Any, *, seeds: Any) -> list[int] | Int64s:  # noqa: ANN401 - any sequences
         """As `Publisher.publish_many`."""
         sequences = super().publish_many(values, seeds=seeds)
         first = self.next - len(sequences)
         for index, (value, seed, sequence) in enumerate(zip(values, seeds, sequences, strict=True)):
-            self.history.published(self.book, first + index, check_seed(seed), sequence, value)
+            self.history.published(self.book, first + index, check_seed(seed), int(sequence), value)
         return sequences
 
 
@@ -49,7 +51,6 @@ class WatchedSubscription(Subscription):
 
     history: History
     book: SubscriptionBook
-    _nested = False
 
     def drain(self) -> Iterator[Message]:
         """As `Subscription.drain`."""
@@ -60,17 +61,14 @@ class WatchedSubscription(Subscription):
 
     def receive(self, *, timeout_s: float = 10.0, into: Any = None) -> Message:  # noqa: ANN401 - tensors
         """As `Subscription.receive`."""
-        message = super().receive(timeout_s=timeout_s, into=into)
-        return message if self._nested else self._note(message)
+        return self._note(super().receive(timeout_s=timeout_s, into=into))
 
-    def receive_many(self, n: int, *, timeout_s: float = 10.0) -> list[Message]:
+    def receive_many(self, n: int, *, timeout_s: float = 10.0) -> Table:
         """As `Subscription.receive_many`."""
-        self._nested = True
-        try:
-            messages = super().receive_many(n, timeout_s=timeout_s)
-        finally:
-            self._nested = False
-        return list(map(self._note, messages))
+        table = super().receive_many(n, timeout_s=timeout_s)
+        for message in table:
+            self._note(message)
+        return table
 
     def _note(self, message: Message) -> Message:
         if type(message._feed) is RedrivenFeed:

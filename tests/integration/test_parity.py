@@ -124,6 +124,48 @@ async def test_receive_many_takes_what_is_here_up_to_a_number(face: Any, a: Any,
 
 
 @played()
+async def test_rows_of_an_array_go_out_as_values_and_come_in_as_a_table(face: Any, a: Any, b: Any) -> None:
+    inbox, owner = await b.subscribe("t"), await b.subscribe("t", ownership="own")
+    publisher = a.publisher("t")
+    rows, seeds = np.arange(1500.0).reshape(500, 3), np.arange(500) % 4
+    sequences = await publisher.publish_many(rows, seeds=seeds)
+    assert sequences.tolist() == (np.arange(500) // 4).tolist()
+    await publisher.publish_many(rows[:10], seeds=list(range(10)))  # too few for a burst of their own
+    taken, left = [], 510
+    while left:
+        table = await inbox.receive_many(left, timeout_s=5)
+        assert [run.topic for run in table.runs] == ["t"]
+        taken.append((table.values, table.seeds, table.sequences, table.offsets))
+        assert not table.values.flags.writeable
+        assert table[0].value.tolist() == table.values[0].tolist()
+        left -= len(table)
+    values, lanes, numbers, offsets = (np.concatenate(column) for column in zip(*taken, strict=True))
+    order = offsets.argsort()  # lanes do not wait for each other
+    assert offsets[order].tolist() == list(range(510))
+    assert np.array_equal(values[order], np.concatenate([rows, rows[:10]]))
+    assert lanes[order].tolist() == [*seeds.tolist(), *range(10)]
+    assert numbers[order].tolist() == [*sequences.tolist(), *[125] * 4, *[0] * 6]
+    table = await owner.receive_many(5, timeout_s=5)
+    assert table.values.flags.writeable and table[0].value.flags.writeable
+
+
+@played()
+async def test_a_table_is_in_hand_until_the_next_call(face: Any, a: Any, b: Any) -> None:
+    inbox = await b.subscribe("t")
+    publisher = a.publisher("t")
+    await publisher.publish_many(np.zeros((1000, 256), np.uint8), seeds=np.zeros(1000, int))
+    left = 999
+    while left:
+        left -= len(await inbox.receive_many(left, timeout_s=5))
+    assert publisher.handled_by(998) == {"rank-1": False}
+    assert (await inbox.receive_many(5, timeout_s=5)).offsets.tolist() == [999]
+    with pytest.raises(WaitTimeoutError, match="rank-1 at 868"):  # publishers hear of whole bursts
+        await publisher.flush(timeout_s=0.3)
+    inbox.drain()
+    await publisher.flush()
+
+
+@played()
 async def test_publish_many_wants_a_seed_for_each_value(face: Any, a: Any, b: Any) -> None:
     publisher = a.publisher("t")
     with pytest.raises(ValueError, match="2 values and 1 seeds"):

@@ -16,7 +16,7 @@ from fabric.core.wire import RECORD_BYTES
 from fabric.engine.outbox import ROW
 from fabric.publisher import Publisher
 
-THREADS, EACH, MANY, SEEDS = 4, 10_000, 50, 3
+THREADS, EACH, MANY, SEEDS = 4, 10_000, 80, 3
 INTERRUPTS = 100
 
 

@@ -17,6 +17,7 @@ FLOORS = (
     {"fabric.payloads", "fabric.observe"},
     {"fabric.core", "fabric.storage", "fabric.rendezvous", "fabric.security"},
     {"fabric.message", "fabric.guards"},
+    {"fabric.table"},
     {"fabric.engine"},
     {"fabric.subscription", "fabric.publisher", "fabric.requests", "fabric.letters"},
     {"fabric.member"},
