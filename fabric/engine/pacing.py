@@ -21,7 +21,7 @@ PACE_BYTES = 24 * 1024 * 1024
 PACE_PAYLOADS = 3
 """... or so many large values: enough to keep the link busy, few enough that their buffers stay warm."""
 PACE_ARENA = 4
-"""... and no more than this part of an arena: a value that finds no slot goes by socket, and takes ten times as long."""
+"""... and no more than this part of an arena: what finds no slot goes by socket, and takes ten times as long."""
 PACE_S = 0.1
 """The longest that a flooding thread gives way; a reader that has not moved then is not waited for until it does."""
 
