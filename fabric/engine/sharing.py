@@ -191,6 +191,7 @@ class Sharing(NoSharing):
         ours = self._engine.card
         if card.host != ours.host:
             return
+        self.part(card.name)  # the arena of an earlier life
         key = _key(card.name, card.incarnation)
         if self._mappings.connect(key, self._address_of(card)):
             self._keys[card.name] = key
