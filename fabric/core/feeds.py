@@ -289,9 +289,10 @@ class Retention:
             if out.spills and burst.end > out.released:
                 self._wait_for_disk(out, burst)
 
-    def evict(self) -> None:
-        """Let the oldest kept bursts of all feeds go until the history is within its ceiling."""
-        while self.kept_bytes > self.kept_bytes_max and self._oldest:
+    def evict(self, size: int = 0) -> None:
+        """Let the oldest kept bursts of all feeds go until the history is within its ceiling, or `size` smaller."""
+        most = min(self.kept_bytes_max, self.kept_bytes - size)
+        while self.kept_bytes > most and self._oldest:
             serial, _, out = heappop(self._oldest)
             if out.kept and out.kept[0].serial == serial:
                 burst = out.kept.popleft()

@@ -92,7 +92,8 @@ class FabricCore:
             sharing.SlotRead: self.subscribing.on_read,
             sharing.SlotsReleased: self.following.holding.on_released,
             sharing.SlotsForgotten: self.publishing.leases.on_forgotten,
-            sharing.ReaderGone: self.publishing.leases.on_gone,
+            sharing.ReaderGone: self._on_reader_gone,
+            sharing.SlotsWanted: lambda event: self.publishing.retention.evict(event.size),
         }
 
     def _by_kind(self) -> dict[Kind, Callable[[Peer, Sequence[Any]], None]]:
@@ -311,6 +312,11 @@ class FabricCore:
             self.publishing.leases.on_gone(sharing.ReaderGone(peer.name, peer.incarnation))
             self.subscribing.on_death(peer)
             self._part_from(peer)
+
+    def _on_reader_gone(self, event: sharing.ReaderGone) -> None:
+        """Its slots are free, and it need not be suspected first."""
+        self.publishing.leases.on_gone(event)
+        self._on_peer_died(events.PeerDied(event.name, event.incarnation))
 
     def _part_from(self, peer: Peer) -> None:
         self.publishing.forget(peer.name)

@@ -15,6 +15,7 @@ __all__ = [
     "SlotRead",
     "SlotsForgotten",
     "SlotsReleased",
+    "SlotsWanted",
 ]
 
 
@@ -35,6 +36,13 @@ class ReaderGone:
 
     name: str
     incarnation: int
+
+
+@crossing
+class SlotsWanted:
+    """A value of so many bytes found no slot: history gives way to the next."""
+
+    size: int
 
 
 @crossing

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fabric.config import BURST_BYTES_MAX
 from fabric.engine.steps import Steps, Wait
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ class Pacing:
         """The steps of a short wait, if one is needed; records are so large on average."""
         engine = self._engine
         out = engine.core.publishing.feeds.get(self._topic)
-        most = max(PACE_BYTES, min(PACE_PAYLOADS * record_bytes, engine.config.arena.bytes_max // PACE_ARENA))
+        most = PACE_BYTES
+        if record_bytes > BURST_BYTES_MAX:
+            most = min(max(most, PACE_PAYLOADS * record_bytes), engine.config.arena.bytes_max // PACE_ARENA)
 
         def fastest(out: OutFeed) -> int:
             return max(list(out.readers.values()), default=next_offset())

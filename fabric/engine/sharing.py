@@ -22,6 +22,7 @@ from fabric.core.sharing import (
     SlotRead,
     SlotsForgotten,
     SlotsReleased,
+    SlotsWanted,
 )
 from fabric.core.wire import SAMPLE_BLOCKS, Descriptor, checksum_of, member_id
 from fabric.payloads import sampled_sum
@@ -124,7 +125,7 @@ class Sharing(NoSharing):
         """... and how many views of it there are."""
         self._keys: dict[str, str] = {}
         """Under which key each peer's arena is mapped: that of its current life."""
-        self._poll_ns = 0
+        self._poll_ns, self._warned = 0, False
         self._commands: dict[type, Callable[[Any], None]] = {
             ReadSlot: self._read,
             FreeSlots: self._free,
@@ -145,11 +146,19 @@ class Sharing(NoSharing):
             return None
         slot = self._arena.take(size)
         if slot is None:
+            self._note_refusal(size)
             return None
         out = self._engine.core.publishing.by_id[feed]
         names = {name for name, _ in lives}
         nobody_else = all(name in names for name, _ in [*list(out.readers), *list(out.listeners)])
         return slot, SAMPLE_BLOCKS if nobody_else and self._verify is not Verify.ALWAYS else 0
+
+    def _note_refusal(self, size: int) -> None:
+        """Of a full arena the history gives way. That the system has no memory is said once."""
+        self._engine.submit(SlotsWanted(size))
+        if not self._warned and self._arena.statistics()["fallback_no_memory"]:
+            self._warned = True
+            log.warning("there is no shared memory left on this host: large values go by socket where it is short")
 
     def note(self, feed: int, offset: int, place: Place, size: int) -> None:
         """The value of this record lies there."""
