@@ -68,6 +68,8 @@ def read(parent: Parent, spec: str) -> None:
     with join(SMALL, rank=1, world_size=2, rendezvous=spec) as fabric, fabric.subscribe("t") as inbox:
         parent.say(ready=True)
         while asked := parent.hear():
+            if asked.get("die"):
+                os._exit(0)
             held = held[asked.get("drop", 0) :]
             for _ in range(asked.get("take", 0)):
                 message = inbox.receive(timeout_s=20)
@@ -166,6 +168,14 @@ def test_f59_the_slots_of_a_killed_reader_are_free_at_once(tmp_path: Path) -> No
         assert count(fabric, "arena_readers") == 0
 
 
+def test_f63_a_reader_that_ended_and_is_not_waited_for_is_dead(tmp_path: Path) -> None:
+    with writing(tmp_path, replace(SMALL, liveness=Liveness())) as (fabric, publisher, reader):
+        exchange(publisher, reader, range(5), hold=3)
+        reader.tell(die=True)  # by itself; its parent, this test, does not wait for it: it stays a zombie
+        until(lambda: Path(f"/proc/{reader.pid}/stat").read_text(encoding="ascii").split()[2] == "Z", what="a zombie")
+        until(lambda: fabric.peers["rank-1"].state == "dead", timeout_s=3, what="its death known")
+
+
 def test_f58_what_a_killed_writer_left_in_our_hands_stays(tmp_path: Path) -> None:
     spec = f"file://{tmp_path}"
     with (
@@ -242,3 +252,24 @@ def test_it_can_be_turned_off(tmp_path: Path) -> None:
     with writing(tmp_path, replace(SMALL, arena=Arena(enabled=False))) as (fabric, publisher, reader):
         assert exchange(publisher, reader, range(5))["mapped"] == 0
         assert not [name for name in fabric.statistics() if name.startswith("arena_")]
+
+
+def test_f38_a_bit_that_flips_in_a_slot_is_never_delivered() -> None:
+    with join(SMALL, rank=0, world_size=1, rendezvous=f"memory://arena-{os.getpid()}") as fabric:
+        with fabric.subscribe("t") as inbox:
+            publisher = fabric.publisher("t")
+            for number in range(3):
+                publisher.publish(value(number))
+                assert int(inbox.receive(timeout_s=5).value[0]) == number
+            engine = fabric._engine
+            with engine.lock:  # nobody looks at it meanwhile
+                publisher.publish(value(3))
+                sharing: Any = engine.sharing
+                place = list(sharing._slots.values())[-1]
+                segment = sharing._arena.segments[place.segment]
+                segment.memory[segment.start + place.slot * segment.slot_bytes] ^= 1
+            publisher.publish(value(4))
+            assert int(inbox.receive(timeout_s=5).value[0]) == 4
+            (gap,) = inbox.gaps
+            assert (gap.first, gap.end, gap.reason) == (3, 4, "corrupt_at_source")
+            assert count(fabric, "slots_corrupt") == 1
