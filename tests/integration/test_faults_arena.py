@@ -255,21 +255,21 @@ def test_it_can_be_turned_off(tmp_path: Path) -> None:
 
 
 def test_f38_a_bit_that_flips_in_a_slot_is_never_delivered() -> None:
-    with join(SMALL, rank=0, world_size=1, rendezvous=f"memory://arena-{os.getpid()}") as fabric:
-        with fabric.subscribe("t") as inbox:
-            publisher = fabric.publisher("t")
-            for number in range(3):
-                publisher.publish(value(number))
-                assert int(inbox.receive(timeout_s=5).value[0]) == number
-            engine = fabric._engine
-            with engine.lock:  # nobody looks at it meanwhile
-                publisher.publish(value(3))
-                sharing: Any = engine.sharing
-                place = list(sharing._slots.values())[-1]
-                segment = sharing._arena.segments[place.segment]
-                segment.memory[segment.start + place.slot * segment.slot_bytes] ^= 1
-            publisher.publish(value(4))
-            assert int(inbox.receive(timeout_s=5).value[0]) == 4
-            (gap,) = inbox.gaps
-            assert (gap.first, gap.end, gap.reason) == (3, 4, "corrupt_at_source")
-            assert count(fabric, "slots_corrupt") == 1
+    spec = f"memory://arena-{os.getpid()}"
+    with join(SMALL, rank=0, world_size=1, rendezvous=spec) as fabric, fabric.subscribe("t") as inbox:
+        publisher = fabric.publisher("t")
+        for number in range(3):
+            publisher.publish(value(number))
+            assert int(inbox.receive(timeout_s=5).value[0]) == number
+        engine = fabric._engine
+        with engine.lock:  # nobody looks at it meanwhile
+            publisher.publish(value(3))
+            sharing: Any = engine.sharing
+            place = list(sharing._slots.values())[-1]
+            segment = sharing._arena.segments[place.segment]
+            segment.memory[segment.start + place.slot * segment.slot_bytes] ^= 1
+        publisher.publish(value(4))
+        assert int(inbox.receive(timeout_s=5).value[0]) == 4
+        (gap,) = inbox.gaps
+        assert (gap.first, gap.end, gap.reason) == (3, 4, "corrupt_at_source")
+        assert count(fabric, "slots_corrupt") == 1
