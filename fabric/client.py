@@ -44,9 +44,11 @@ class Fabric(Member[Publisher]):
 
     def _until(self, wait: Wait) -> bool:
         engine = self._engine
+        if not wait.serving or self._dispatcher.threaded:
+            return engine.until(wait.is_over, wait.timeout_s)
         deadline_ns = engine.clock() + int(wait.timeout_s * S)
-        if wait.serving and not self._dispatcher.threaded:
-            self._dispatcher.run_until(wait.is_over, wait.timeout_s)
+        if self._dispatcher.run_until(wait.is_over, wait.timeout_s):
+            return True
         return engine.until(wait.is_over, max(0.0, (deadline_ns - engine.clock()) / S))
 
     # Publishing.

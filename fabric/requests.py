@@ -66,10 +66,9 @@ class Requests:
 
     def asking(self, question: Question, to: int | str) -> Steps[Reply]:
         """The steps of `Fabric.request`."""
-        deadline_ns = self._deadline_ns(question)
-        waiting = self._issue(question, to, deadline_ns)
+        waiting = self._issue(question, to, self._deadline_ns(question))
         try:
-            yield Wait(lambda: waiting.outcome is not None, self._left_s(deadline_ns), serving=True)
+            yield Wait(lambda: waiting.outcome is not None, max(0.0, question.timeout_s) + GRACE_S, serving=True)
             return self._result(waiting, question)
         finally:
             self._forget(waiting)

@@ -38,7 +38,7 @@ from transports.base import (
 )
 from transports.heap import keep_freed_memory
 from transports.inlets import BulkInlet, ControlInlet, DataInlet, Inlet
-from transports.sockets import Pipe, bind, failure, make_socket, translated, zero_copy_frames
+from transports.sockets import Pipe, bind, failure, make_socket, sender, translated, zero_copy_frames
 
 __all__ = ["ZeroMQTransport"]
 
@@ -122,7 +122,7 @@ class ZeroMQTransport(OneProcess):
         }
         for descriptor in self._inlets:
             self._epoll.register(descriptor, select.EPOLLIN)
-        self._send_data: Any = self._publisher.send
+        self._send_data: Any = sender(self._publisher)
         self._endpoints = Endpoints(
             bind(self._publisher, where.data), bind(control, where.control), bind(bulk, where.bulk)
         )
@@ -338,7 +338,9 @@ class ZeroMQTransport(OneProcess):
         if not self._usable:
             self._refuse()
         self._heat()
-        arrived, self._stash = self._stash[:limit], self._stash[limit:]
+        arrived: list[Inbound] = []
+        if self._stash:
+            arrived, self._stash = self._stash[:limit], self._stash[limit:]
         try:
             self._take_all(arrived, limit)
         except zmq.ZMQError as error:
@@ -357,7 +359,7 @@ class ZeroMQTransport(OneProcess):
                 inlet.take(arrived, limit - limit // 4)
         if bulk.hot:
             bulk.take(arrived, limit)
-        if len(arrived) < limit:
+        if arrived and len(arrived) < limit:
             self._take_more(arrived, limit)
 
     def _take_more(self, arrived: list[Inbound], limit: int) -> None:

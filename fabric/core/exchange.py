@@ -73,15 +73,15 @@ class Exchange:
         """The lowest request that each life of a peer still waits for, as far as it has told."""
         self._fetches: dict[Key, tuple[str, object]] = {}
         self._budget = RESENDS
+        limits = context.config.requests
+        self._first_send = Retry.beyond(limits.resend_ms_first * MS, limits.resend_ms_max * MS)
 
     # Our requests.
 
     def issue(self, event: RequestIssued) -> None:
         """Send a request, and again until it is answered."""
-        limits = self._context.config.requests
         self._budget = self._budget.call()
-        retry = Retry.beyond(limits.resend_ms_first * MS, limits.resend_ms_max * MS)
-        pending = self._pending[event.request] = _Pending(event, retry)
+        pending = self._pending[event.request] = _Pending(event, self._first_send)
         peer = self._members.by_name.get(event.peer)
         if peer is None or peer.is_gone:  # as for requests that are under way when it goes
             self._complete(pending, "gone")

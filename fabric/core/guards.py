@@ -85,8 +85,10 @@ class Budget:
 
     def call(self) -> Budget:
         """A call is made for the first time."""
-        earned = self._millionths + int(self.share * MILLION)
-        return replace(self, saved=min(self.reserve * MILLION, earned))
+        most = self.reserve * MILLION
+        if not 0 <= self.saved < most:  # fast path: a full reserve earns nothing
+            return self
+        return replace(self, saved=min(most, self.saved + int(self.share * MILLION)))
 
     def retry(self) -> Budget | None:
         """A call is tried again; None if that is not allowed."""

@@ -147,6 +147,8 @@ class Dispatcher:
         """Whether `run_one` would run something now."""
         if self._requests or self._buried:
             return True
+        if not (self._handlers or self._unclaimed):
+            return False
         now = self.engine.clock()
         if self._unclaimed and self._unclaimed[0][0] <= now:
             return True
@@ -171,8 +173,10 @@ class Dispatcher:
             self._running.release()
 
     def _run_next(self) -> bool:
-        self._settle_buried()
-        self._claim_late()
+        if self._buried:
+            self._settle_buried()
+        if self._unclaimed:
+            self._claim_late()
         if self._requests:
             _, _, execute, payload = heappop(self._requests)
             self._answer(execute, payload)
@@ -199,14 +203,14 @@ class Dispatcher:
 
         For `step` mode and for waiting requests.
         """
-        engine = self.engine
+        engine, has_work = self.engine, self.has_work
         deadline_ns = engine.clock() + int(timeout_s * S)
         while not is_over():
             now = engine.clock()
             if now >= deadline_ns:
                 return False
             until_ns = min(deadline_ns, self.due_ns() or deadline_ns)
-            engine.until(lambda: is_over() or self.has_work(), max(0, until_ns - now) / S)
+            engine.until(lambda: is_over() or has_work(), max(0, until_ns - now) / S)
             if not is_over() and not self.run_one() and self.has_work():
                 return is_over()  # a handler further up this very stack, or another thread, is at it
         return True

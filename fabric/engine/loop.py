@@ -223,9 +223,10 @@ class Engine:
     def _turn(self) -> bool:
         limits, clock = self.config.work, self.clock
         began = now = clock()
-        self._close_bursts(now)
+        if self.open:
+            self._close_bursts(now)
         self.sharing.turn(now)
-        handled = self._drain()
+        handled = self._drain() if self._submitted or self._looped else 0
         left, more = limits.turn_bursts_max, False
         while True:
             inbounds = self.transport.receive(RECEIVED_AT_ONCE)
@@ -241,7 +242,8 @@ class Engine:
         now = self.turned_ns = clock()
         if now >= self.core.next_deadline_ns():
             self._handle(events.TimePassed(), now)
-        handled += self._drain()
+        if self._submitted or self._looped:
+            handled += self._drain()
         self._flush_bulk()
         self._set_due()
         if handled:
@@ -259,7 +261,7 @@ class Engine:
             self.waits.submitted(self)
 
     def _close_bursts(self, now: int) -> None:
-        if not self.open or now < self._close_after_ns:
+        if now < self._close_after_ns:
             return
         while self.open and self.open[0][0] <= now:  # those after it were opened later
             _, outbox = self.open.popleft()

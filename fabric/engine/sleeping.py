@@ -160,13 +160,16 @@ class ThreadedWaits:
 
     def _enter(self, engine: Engine, is_over: Callable[[], bool]) -> Sleeper:
         with self._lock:
-            sleeper = self._idle.pop() if self._idle else None
-        if sleeper is None:
-            with engine.lock:  # under which the transport closes: its descriptors are nobody else's by now
-                sleeper = Sleeper(engine)
+            if self._idle:
+                return self._wait_with(self._idle.pop(), is_over)
+        with engine.lock:  # under which the transport closes: its descriptors are nobody else's by now
+            sleeper = Sleeper(engine)
         with self._lock:
-            sleeper.is_over = is_over
-            self._waiting.append(sleeper)
+            return self._wait_with(sleeper, is_over)
+
+    def _wait_with(self, sleeper: Sleeper, is_over: Callable[[], bool]) -> Sleeper:
+        sleeper.is_over = is_over
+        self._waiting.append(sleeper)
         return sleeper
 
     def _leave(self, engine: Engine, sleeper: Sleeper) -> None:
