@@ -24,6 +24,7 @@ from fabric.core.wire import Drop, feed_prefix
 from fabric.engine.assembling import Assemblies
 from fabric.engine.budget import Budget
 from fabric.engine.devices import Devices
+from fabric.engine.guarding import Guarding
 from fabric.engine.inbox import Hand, Inbox
 from fabric.engine.letters import Letters
 from fabric.engine.outbox import Outbox
@@ -94,8 +95,7 @@ class Engine:
         self.counts: Counter[str] = Counter()
         self.broken: BaseException | None = None
         self.closed = False
-        self.forked_in = 0
-        self.fenced_by = 0
+        self.forked_in = self.fenced_by = 0
         self.due_ns = self.turned_ns = 0
         self._close_after_ns = 0
         self.restless = True
@@ -117,6 +117,7 @@ class Engine:
         self.letters = Letters(self)
         self.devices = Devices(config.inboxes.assembly_bytes_max)
         self.sharing = NoSharing()
+        self.guarding = Guarding(self)
         self.probe: Callable[[Card], bool] = lambda card: False
         """Whether the process of this card, on this host, is proven dead."""
 
@@ -221,6 +222,8 @@ class Engine:
         began = now = clock()
         self._close_bursts(now)
         self.sharing.turn(now)
+        if self.guarding.ended:
+            self.guarding.look()
         handled = self._drain()
         left, more = limits.turn_bursts_max, False
         while True:
@@ -477,6 +480,7 @@ class Engine:
                 return
             self.closed = True
             self.transport.close(linger_s)
+            self.guarding.close()
             self.sharing.close()
         self.store.close()
         self.letters.close()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fabric.config import BURST_BYTES_MAX, Policy, WhenFull
+from fabric.config import BURST_BYTES_MAX, Guard, Policy, WhenFull
 from fabric.core.events import BurstClosed, RoomNeeded
 from fabric.core.wire import (
     ADDRESSED,
@@ -28,13 +28,12 @@ from fabric.core.wire import (
 )
 from fabric.engine.budget import Budget
 from fabric.engine.durable import Durability
-from fabric.engine.filling import Room, fill
+from fabric.engine.filling import Room, fill, freeze
 from fabric.engine.pacing import Pacing
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import BrokenError, ClosedError, QueueFullError
 from fabric.payloads import BYTES, Pending, Plan, StagingError, pack_metadata, plan
 from fabric.topics import check_seed
-from transports.arena import Slot
 
 if TYPE_CHECKING:
     from fabric.engine.loop import Engine
@@ -113,6 +112,7 @@ class Outbox:
         self._record_bytes = 1
         """Of the last burst, on average."""
         self._clear()
+        self.guard = Guard.OFF
         self.durability = Durability(self, sync, ROOM) if policy is Policy.DURABLE else None
         engine.outboxes.append(self)
 
@@ -259,6 +259,8 @@ class Outbox:
     def _publish_addressed(self, planned: Plan, seed: int, packed: bytes) -> int:
         """The value goes into a buffer of its own, the burst carries its descriptor and leaves at once."""
         buffer, pending, descriptor = fill(self.engine, planned, self.feed)
+        if self.guard is not Guard.OFF and not planned.on_device:
+            buffer = self.engine.guarding.guarded(self, planned, buffer, seed)
         place = buffer, pending, planned.kind | ADDRESSED, seed, descriptor, packed
         try:
             while (sequence := self._alone(self._take_addressed, *place)) is None:
@@ -367,9 +369,10 @@ class Outbox:
     def _encode(self, closed: _Closed) -> BurstClosed:
         payloads: dict[int, memoryview] = {}
         for offset, buffer in closed.payloads.items():
-            view = payloads[offset] = buffer.freeze()
-            if isinstance(buffer, Slot):
-                self.engine.sharing.note(self.feed, offset, buffer.place, len(view))
+            frozen = freeze(buffer)
+            view = payloads[offset] = frozen.view
+            if frozen.place is not None:
+                self.engine.sharing.note(self.feed, offset, frozen.place, len(view))
             if not closed.bodies[offset - closed.first]:  # it came from a device
                 closed.bodies[offset - closed.first] = encode_descriptor(len(view), checksum_of(view))
         metadata = list(map(closed.metadata.get, range(len(closed.bodies)), repeat(b""))) if closed.metadata else None
