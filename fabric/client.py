@@ -54,7 +54,13 @@ class Fabric(Member[Publisher]):
     # Publishing.
 
     def publisher(
-        self, topic: str, *, policy: str = "reliable", when_full: str | None = None, sync: str = "process"
+        self,
+        topic: str,
+        *,
+        policy: str = "reliable",
+        when_full: str | None = None,
+        sync: str = "process",
+        guard: str = "off",
     ) -> Publisher:
         """The publisher of a topic; the same one each time.
 
@@ -62,9 +68,19 @@ class Fabric(Member[Publisher]):
         (every drop is counted). `when_full`, for `reliable`: `spill` (default), `block` (waits at most
         `publish_timeout_s`), `drop_oldest`, `fail`; for `durable`: `block` (default), `fail`. `sync`, for `durable`:
         `process` survives the death of this process, `power` a loss of power. A durable topic needs a member with
-        state (see `join`). Raises `TopicError`, `ConfigError`.
+        state (see `join`).
+
+        `guard` finds large values that change after they were published, and names the line that published them.
+        `sample` sums 64 KiB of each, spread over it, when it is published and when the last view of it here is given
+        up, and compares it with its source once it is copied: that finds a buffer that is written anew, hardly a single
+        element, and costs a fixed time for each value. `strict` sums all of it: it finds everything, and reads each
+        value four more times. What is found at once is a warning, or `MutationError` under `strict`; what is found
+        later is an error in the log; all of it is counted as `mutations_found`. Values that travel in bursts, come from
+        a device or are `durable` are not watched: nobody else has their memory.
+
+        Raises `TopicError`, `ConfigError`.
         """
-        return self._publisher(topic, policy, when_full, sync)
+        return self._publisher(topic, policy, when_full, sync, guard)
 
     def _new_publisher(self, topic: str, policy: Policy, when_full: WhenFull, feed: int, sync: str) -> Publisher:
         return self.publisher_class(self._engine, self._engine.budget, topic, policy, when_full, feed, sync)

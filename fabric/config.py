@@ -16,6 +16,7 @@ __all__ = [
     "Arena",
     "Delivery",
     "FabricConfig",
+    "Guard",
     "Handlers",
     "Inboxes",
     "Letters",
@@ -29,6 +30,7 @@ __all__ = [
     "Verify",
     "WhenFull",
     "Work",
+    "check_guard",
     "check_policy",
 ]
 
@@ -55,6 +57,14 @@ class WhenFull(StrEnum):
     BLOCK = "block"
     DROP_OLDEST = "drop_oldest"
     FAIL = "fail"
+
+
+class Guard(StrEnum):
+    """How a publisher looks for values that change between their publication and the end of their retention."""
+
+    OFF = "off"
+    SAMPLE = "sample"
+    STRICT = "strict"
 
 
 class Delivery(StrEnum):
@@ -334,3 +344,11 @@ def check_policy(policy: str, when_full: str | None) -> tuple[Policy, WhenFull]:
     if when_full not in takes:
         raise ConfigError(f"{when_full!r} is none of {', '.join(takes)}", field="when_full")
     return chosen, WhenFull(when_full)
+
+
+def check_guard(guard: str) -> Guard:
+    """The guard of this name, or `ConfigError`."""
+    try:
+        return Guard(guard)
+    except ValueError:
+        raise ConfigError(f"{guard!r} is none of {', '.join(Guard)}", field="guard") from None

@@ -24,6 +24,7 @@ __all__ = [
     "LetterStoreFullError",
     "LetterStoreLockedError",
     "LettersDamagedError",
+    "MutationError",
     "PayloadError",
     "PayloadTooLargeError",
     "ProtocolError",
@@ -115,6 +116,15 @@ class PayloadTooLargeError(PayloadError, ValueError):
 
 class SchemaError(PayloadError, ValueError):
     """A received payload does not describe a value: truncated, wrong type, or sizes that do not agree."""
+
+
+class MutationError(FabricError):
+    """A value may be changed, or was, after it was published; nothing was taken.
+
+    Fields: `topic`, `seed`; `line`, where it was published, as `file:line`.
+    """
+
+    template = "{topic}, seed {seed}, published at {line}: {detail}"
 
 
 class UnknownPeerError(FabricError, LookupError):
@@ -293,12 +303,12 @@ class BrokenError(FabricError):
 
 
 class WrongThreadError(FabricError, RuntimeError):
-    """A `Subscription` is used by two threads or tasks at once, or an asynchronous fabric away from its event loop.
+    """A `Subscription` or loan is used by two threads or tasks, or an asynchronous fabric away from its event loop.
 
     Fields: `owner`, `caller`, names of threads or tasks.
     """
 
-    template = "this subscription is in use by thread {owner}, not {caller}"
+    template = "it is in use by thread {owner}, not {caller}"
 
 
 class WrongProcessError(FabricError, RuntimeError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from fabric.config import Delivery, Policy, Start, WhenFull, check_policy
+from fabric.config import Delivery, Policy, Start, WhenFull, check_guard, check_policy
 from fabric.core import events
 from fabric.core.cursors import Cursor, parse_cursor, parse_redriven
 from fabric.core.disk import RestWanted
@@ -158,15 +158,19 @@ class Member(Generic[P]):
 
     # Publishing.
 
-    def _publisher(self, topic: str, policy: str, when_full: str | None, sync: str) -> P:
+    def _publisher(self, topic: str, policy: str, when_full: str | None, sync: str, guard: str) -> P:
         if sync not in ("process", "power"):
             raise ConfigError(f"{sync!r} is neither process nor power", field="sync")
         chosen, full = check_policy(policy, when_full)
+        watched = check_guard(guard)
         if chosen is Policy.DURABLE and self._engine.stateless:
             raise ConfigError(f"a durable topic outlives this process: {self._engine.stateless}", field="policy")
         publisher = self._publishers.get(topic)
         if publisher is None:
             publisher = self._make_publisher(check_topic(topic), chosen, full, sync)
+            publisher.guard = watched
+        if publisher.guard is not watched:
+            raise ConfigError(f"{topic} is guarded {publisher.guard.value!r} already", field="guard")
         if publisher.durability is not None and publisher.durability.sync != sync:
             raise ConfigError(f"{topic} is synced by {publisher.durability.sync} already", field="sync")
         if publisher.policy is not chosen or publisher.when_full is not full:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from fabric.engine.guarding import publishing_line
+from fabric.engine.loans import LoanBase
 from fabric.engine.outbox import Outbox
 from fabric.engine.steps import Steps, Wait, run_steps
 from fabric.errors import WaitTimeoutError, shortened
 
-__all__ = ["Publisher", "PublisherBase"]
+__all__ = ["Loan", "Publisher", "PublisherBase"]
 
 
 class PublisherBase(Outbox):
@@ -66,8 +72,48 @@ class PublisherBase(Outbox):
         return f"Publisher({self.topic!r}, {self.policy.value}, next={self.next})"
 
 
+class Loan(LoanBase):
+    """Memory of a publisher for one block, on one thread; see `Publisher.loan`."""
+
+    def __enter__(self) -> Any:  # noqa: ANN401 - an array or a tensor
+        return self._begin()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            run_steps(self._giving(), self._outbox._until)
+        else:
+            self._cancel()
+
+
 class Publisher(PublisherBase):
     """One topic of this member. Thread-safe."""
+
+    def loan(
+        self,
+        shape: int | Sequence[int],
+        dtype: Any,  # noqa: ANN401 - numpy's or torch's
+        *,
+        seed: int = 0,
+        metadata: Mapping[str, object] | None = None,
+    ) -> Loan:
+        """Lend memory to be written in place: a tensor (torch dtype) or array (numpy dtype), published without a copy.
+
+        `with publisher.loan((1024, 1024), torch.float32) as t:` gives `t` with unknown content, in shared memory where
+        subscribers of this host read it; leaving the block numbers and publishes it, as `publish(t)` would have, and
+        `loan.sequence` tells. An exception publishes nothing. Either way `t` is emptied: it has no elements any more.
+        What is written to a tensor later goes nowhere, to an array it raises `ValueError`.
+
+        Whatever else refers to `t` then, or to a part of it (a view, a second variable, an array over it, autograd),
+        could still write: the value is copied once and the copy published, counted as `loans_copied`, told at debug
+        level. With `guard="sample"` that is a warning; with `guard="strict"` leaving raises `MutationError` and nothing
+        is taken. What `data_ptr()` gave, or another thread uses, only the guard can see (`Fabric.publisher`).
+
+        Raises as `publish`, `UnsupportedValueError` for a dtype or shape that cannot travel, `PayloadTooLargeError`;
+        `ClosedError` when it is entered twice, `WrongThreadError` when another thread leaves it.
+        """
+        return Loan(self, shape, dtype, seed, metadata, publishing_line())
 
     def wait_for_subscribers(self, n: int, *, timeout_s: float = 60.0) -> None:
         """Until `n` owed subscriptions of other members are registered: each receives the record published next.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 from fabric.aio.driving import LoopDriver, running_loop
 from fabric.config import Policy, WhenFull
 from fabric.engine.columns import Int64s
+from fabric.engine.guarding import publishing_line
+from fabric.engine.loans import LoanBase
 from fabric.engine.many import Many
 from fabric.engine.outbox import ROW
 from fabric.publisher import PublisherBase
 
-__all__ = ["LoopOutbox", "Publisher"]
+__all__ = ["Loan", "LoopOutbox", "Publisher"]
 
 
 class _NoRoom(Exception):
@@ -33,6 +36,35 @@ class LoopOutbox(PublisherBase):
 
     def _give_way(self) -> None:
         self.flooding = True
+
+
+class Loan(LoanBase):
+    """Memory of a publisher for one block; see `Publisher.loan`."""
+
+    def __init__(
+        self,
+        publisher: Publisher,
+        shape: int | Sequence[int],
+        dtype: Any,  # noqa: ANN401 - numpy's or torch's
+        seed: int,
+        metadata: Mapping[str, object] | None,
+        line: str,
+    ) -> None:
+        super().__init__(publisher._outbox, shape, dtype, seed, metadata, line)
+        self._publisher = publisher
+
+    async def __aenter__(self) -> Any:  # noqa: ANN401 - an array or a tensor
+        self._publisher._driver.check()
+        return self._begin()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self._publisher._driver.run(self._giving())
+            await self._publisher._relax()
+        else:
+            self._cancel()
 
 
 class Publisher:
@@ -93,6 +125,31 @@ class Publisher:
                 continue
             await self._driver.run(outbox._making_room(room))
         return many.sequences
+
+    def loan(
+        self,
+        shape: int | Sequence[int],
+        dtype: Any,  # noqa: ANN401 - numpy's or torch's
+        *,
+        seed: int = 0,
+        metadata: Mapping[str, object] | None = None,
+    ) -> Loan:
+        """Lend memory to be written in place: a tensor (torch dtype) or array (numpy dtype), published without a copy.
+
+        `async with publisher.loan((1024, 1024), torch.float32) as t:` gives `t` with unknown content, in shared memory
+        where subscribers of this host read it; leaving the block numbers and publishes it, as `publish(t)` would have,
+        and `loan.sequence` tells. An exception publishes nothing. Either way `t` is emptied: it has no elements any
+        more. What is written to a tensor later goes nowhere, to an array it raises `ValueError`.
+
+        Whatever else refers to `t` then, or to a part of it (a view, a second variable, an array over it, autograd),
+        could still write: the value is copied once and the copy published, counted as `loans_copied`, told at debug
+        level. With `guard="sample"` that is a warning; with `guard="strict"` leaving raises `MutationError` and nothing
+        is taken. What `data_ptr()` gave, or another thread uses, only the guard can see (`Fabric.publisher`).
+
+        Raises as `publish`, `UnsupportedValueError` for a dtype or shape that cannot travel, `PayloadTooLargeError`;
+        `ClosedError` when it is entered twice, `WrongThreadError` when another thread leaves it.
+        """
+        return Loan(self, shape, dtype, seed, metadata, publishing_line())
 
     async def wait_for_subscribers(self, n: int, *, timeout_s: float = 60.0) -> None:
         """Until `n` owed subscriptions of other members are registered: each receives the record published next.

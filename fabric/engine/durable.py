@@ -13,8 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fabric.config import BURST_BYTES_MAX, WhenFull
-from fabric.core.wire import ADDRESSED, NONE, RECORD_BYTES, checksum_of, encode_descriptor
-from fabric.engine.filling import fill
+from fabric.core.wire import ADDRESSED, NONE, RECORD_BYTES
+from fabric.engine.filling import Frozen, describe, fill, freeze
 from fabric.engine.steps import Steps, Wait
 from fabric.errors import PayloadError, QueueFullError, WaitTimeoutError
 from fabric.payloads import Pending, Plan, pack_metadata, plan
@@ -57,24 +57,11 @@ class _Request:
 
     __slots__ = ("attempt", "buffer", "first", "more", "rows", "sequences", "size")
 
-    def __init__(self, rows: Sequence[_Row], size: int, *, more: int = 0, buffer: _Frozen | None = None) -> None:
+    def __init__(self, rows: Sequence[_Row], size: int, *, more: int = 0, buffer: Frozen | None = None) -> None:
         self.rows, self.size, self.more, self.buffer = rows, size, more, buffer
         self.attempt: _Attempt | None = None
         self.first = 0
         self.sequences: list[int] = []
-
-
-class _Frozen:
-    """A value that may be put into one burst after another, until the disk takes one of them."""
-
-    __slots__ = ("view",)
-
-    def __init__(self, view: memoryview) -> None:
-        self.view = view
-
-    def freeze(self) -> memoryview:
-        """As a pooled buffer's, but as often as it is asked; the buffer comes back when the last view dies."""
-        return self.view
 
 
 class Durability:
@@ -137,11 +124,21 @@ class Durability:
         buffer, pending, descriptor = fill(outbox.engine, planned, None)  # only the disk keeps it
         if pending is not None:
             yield from self._copying(pending)
-        frozen = _Frozen(buffer.freeze())
-        descriptor = descriptor or encode_descriptor(len(frozen.view), checksum_of(frozen.view))
-        row = (seed, planned.kind | ADDRESSED, descriptor, packed)
-        request = _Request((row,), RECORD_BYTES + len(packed), more=planned.size, buffer=frozen)
+        frozen = freeze(buffer)
+        return (yield from self._publishing_frozen(planned.kind, frozen, descriptor, seed, packed))
+
+    def _publishing_frozen(self, kind: int, frozen: Frozen, descriptor: bytes, seed: int, packed: bytes) -> Steps[int]:
+        row = (seed, kind | ADDRESSED, descriptor or describe(frozen, 0), packed)
+        request = _Request((row,), RECORD_BYTES + len(packed), more=len(frozen.view), buffer=frozen)
         (sequence,) = yield from self._taking(request)
+        return sequence
+
+    def publishing_loan(self, kind: int, frozen: Frozen, seed: int, packed: bytes) -> Steps[int]:
+        """The steps of publishing what was written in place."""
+        size = len(frozen.view) + len(packed) + RECORD_BYTES
+        if size > BURST_BYTES_MAX:
+            return (yield from self._publishing_frozen(kind, frozen, b"", seed, packed))
+        (sequence,) = yield from self._taking(_Request(((seed, kind, bytes(frozen.view), packed),), size))
         return sequence
 
     def _copying(self, pending: Pending) -> Steps[None]:
@@ -253,7 +250,7 @@ class Durability:
     def _begin(self, requests: list[_Request], attempt: _Attempt) -> None:
         """Number their records and ask for them to be written: all, or none if a signal's handler raises."""
         outbox, rows, lanes = self._outbox, list[Any](), dict[int, list[int]]()
-        metadata, payloads = dict[int, bytes](), dict[int, _Frozen]()
+        metadata, payloads = dict[int, bytes](), dict[int, Frozen]()
         for request in requests:
             request.first, request.sequences = attempt.end, []
             for seed, kind, body, packed in request.rows:

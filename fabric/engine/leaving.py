@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fabric.core.events import BurstClosed
 from fabric.core.wire import TOMBSTONE, checksum_of, encode_burst, encode_descriptor
-from fabric.engine.filling import Room
+from fabric.engine.filling import Room, freeze
 from fabric.payloads import Pending, StagingError
-from transports.arena import Slot
 
 if TYPE_CHECKING:
     from fabric.engine.loop import Engine
@@ -91,10 +90,11 @@ class Leaving:
         engine = self._engine
         payloads: dict[int, memoryview] = {}
         for offset, room in closed.payloads.items():
-            view = payloads[offset] = room.freeze()
-            if isinstance(room, Slot):
-                engine.sharing.note(self._feed, offset, room.place, len(view))
-            elif not closed.bodies[offset - closed.first]:  # it came from a device
+            frozen = freeze(room)
+            view = payloads[offset] = frozen.view
+            if frozen.place is not None:
+                engine.sharing.note(self._feed, offset, frozen.place, len(view))
+            if not closed.bodies[offset - closed.first]:  # it came from a device
                 closed.bodies[offset - closed.first] = encode_descriptor(len(view), checksum_of(view))
         metadata = list(map(closed.metadata.get, range(len(closed.bodies)), repeat(b""))) if closed.metadata else None
         head = self._feed, engine.card.incarnation, closed.first, engine.wall_ns()

@@ -24,6 +24,7 @@ from fabric.core.wire import Drop, feed_prefix
 from fabric.engine.assembling import Assemblies
 from fabric.engine.budget import Budget
 from fabric.engine.devices import Devices
+from fabric.engine.guarding import Guarding
 from fabric.engine.inbox import Hand, Inbox
 from fabric.engine.letters import Letters
 from fabric.engine.outbox import Outbox
@@ -94,8 +95,7 @@ class Engine:
         self.counts: Counter[str] = Counter()
         self.broken: BaseException | None = None
         self.closed = False
-        self.forked_in = 0
-        self.fenced_by = 0
+        self.forked_in = self.fenced_by = 0
         self.due_ns = self.turned_ns = 0
         self._close_after_ns = 0
         self.restless = True
@@ -117,6 +117,7 @@ class Engine:
         self.letters = Letters(self)
         self.devices = Devices(config.inboxes.assembly_bytes_max)
         self.sharing = NoSharing()
+        self.guarding = Guarding(self)
         self.probe: Callable[[Card], bool] = lambda card: False
         """Whether the process of this card, on this host, is proven dead."""
 
@@ -221,27 +222,18 @@ class Engine:
             raise
 
     def _turn(self) -> bool:
-        limits, clock = self.config.work, self.clock
-        began = now = clock()
+        began = self.clock()
         if self.open:
-            self._close_bursts(now)
-        self.sharing.turn(now)
+            self._close_bursts(began)
+        self.sharing.turn(began)
+        if self.guarding.ended:
+            self.guarding.look()
         handled = self._drain() if self._submitted or self._looped else 0
-        left, more = limits.turn_bursts_max, False
-        while True:
-            inbounds = self.transport.receive(RECEIVED_AT_ONCE)
-            for inbound in inbounds:
-                self._receive(inbound)
-            left -= len(inbounds)
-            handled += len(inbounds)
-            if len(inbounds) < RECEIVED_AT_ONCE:
-                break  # fewer than asked for: nothing is left
-            if left <= 0 or clock() - began > limits.turn_us_max * US:
-                more = True
-                break
-        now = self.turned_ns = clock()
+        received, more = self._take_in(began)
+        now = self.turned_ns = self.clock()
         if now >= self.core.next_deadline_ns():
             self._handle(events.TimePassed(), now)
+        handled += received
         if self._submitted or self._looped:
             handled += self._drain()
         self._flush_bulk()
@@ -250,6 +242,19 @@ class Engine:
             self.on_progress()
         self.restless = more or bool(self._looped)
         return self.restless
+
+    def _take_in(self, began: int) -> tuple[int, bool]:
+        """Handle what came, within the bounds of a turn: how many frames, and whether more may be there."""
+        limits, received = self.config.work, 0
+        while True:
+            inbounds = self.transport.receive(RECEIVED_AT_ONCE)
+            for inbound in inbounds:
+                self._receive(inbound)
+            received += len(inbounds)
+            if len(inbounds) < RECEIVED_AT_ONCE:
+                return received, False  # fewer than asked for: nothing is left
+            if received >= limits.turn_bursts_max or self.clock() - began > limits.turn_us_max * US:
+                return received, True
 
     def note_open(self, outbox: Outbox) -> None:
         """This outbox has an open burst, or copies under way: somebody has to see to it in time. From any thread."""
@@ -483,6 +488,7 @@ class Engine:
                 return
             self.closed = True
             self.transport.close(linger_s)
+            self.guarding.close()
             self.sharing.close()
         self.store.close()
         self.letters.close()

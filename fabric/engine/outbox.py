@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fabric.config import BURST_BYTES_MAX, Policy, WhenFull
+from fabric.config import BURST_BYTES_MAX, Guard, Policy, WhenFull
 from fabric.core.events import RoomNeeded
 from fabric.core.wire import (
     ADDRESSED,
@@ -99,6 +99,7 @@ class Outbox:
         self._record_bytes = 1
         """Of the last burst, on average."""
         self._clear()
+        self.guard = Guard.OFF
         self.durability = Durability(self, sync, ROOM) if policy is Policy.DURABLE else None
         engine.outboxes.append(self)
 
@@ -245,6 +246,8 @@ class Outbox:
             self._wait_for_room(ROOM + planned.size)
         buffer, pending, descriptor = fill(self.engine, planned, self.feed)
         is_shared = isinstance(buffer, Slot)
+        if self.guard is not Guard.OFF and not planned.on_device:
+            buffer = self.engine.guarding.guarded(self, planned, buffer, seed)
         place = buffer, pending, planned.kind | ADDRESSED, seed, descriptor, packed
         try:
             while (sequence := self._alone(self._take_addressed, *place, may_wait=is_shared)) is None:
@@ -269,7 +272,7 @@ class Outbox:
         descriptor: bytes,
         packed: bytes,
         *,
-        may_wait: bool,
+        may_wait: bool = False,
     ) -> int | None:
         """Into the open burst or a new one, which leaves at once unless `may_wait` for the rest of a flood.
 

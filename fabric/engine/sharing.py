@@ -77,6 +77,10 @@ class NoSharing:
         """There is no slot for a value."""
         return None
 
+    def blocks_for(self, feed: int) -> int:
+        """All of a value is summed."""
+        return 0
+
     def note(self, feed: int, offset: int, place: Place, size: int) -> None:
         """Nothing was taken."""
 
@@ -148,10 +152,15 @@ class Sharing(NoSharing):
         if slot is None:
             self._note_refusal(size)
             return None
+        return slot, self.blocks_for(feed)
+
+    def blocks_for(self, feed: int) -> int:
+        """How many blocks of a value in a slot are to be summed, 0 for all: who reads by socket verifies all of it."""
+        lives = self._leases.shared_with(feed)
         out = self._engine.core.publishing.by_id[feed]
         names = {name for name, _ in lives}
         nobody_else = all(name in names for name, _ in [*list(out.readers), *list(out.listeners)])
-        return slot, SAMPLE_BLOCKS if nobody_else and self._verify is not Verify.ALWAYS else 0
+        return SAMPLE_BLOCKS if lives and nobody_else and self._verify is not Verify.ALWAYS else 0
 
     def _note_refusal(self, size: int) -> None:
         """Of a full arena the history gives way. That the system has no memory is said once."""
@@ -172,7 +181,7 @@ class Sharing(NoSharing):
         submit = self._engine.submit_later
         forgotten = self._arena.forgotten()
         if forgotten:
-            submit(SlotsForgotten([self._values[place] for place in forgotten]))
+            submit(SlotsForgotten([self._values[place] for place in forgotten if self._is_known(place)]))
         released = self._mappings.released()
         if released:  # before what was settled: an acknowledgement makes room for a value that needs a slot
             self._engine.submit_first(SlotsReleased([self._let_go(key) for key in released]))
@@ -181,6 +190,13 @@ class Sharing(NoSharing):
             self._mappings.listen()
             for reader in self._arena.poll():
                 submit(ReaderGone(reader.name, reader.incarnation))
+
+    def _is_known(self, place: Place) -> bool:
+        """Whether a record told of this slot; one that was refused after it was frozen is free at once."""
+        if place in self._values:
+            return True
+        self._arena.free(place)
+        return False
 
     def _let_go(self, key: tuple[str, Place]) -> tuple[int, int, int]:
         view = self._views[key]

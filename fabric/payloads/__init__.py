@@ -2,14 +2,15 @@
 
 `plan` a value, `write` the plan into memory, `decode` it elsewhere. `schema.py` describes the blobs and checks received
 ones, `trees.py` describes and makes those of containers, `plans.py` the others, `tensors.py` is all that knows torch,
-`decoders.py` reads blobs, `receiving.py` copies values out of them, `pool.py` keeps warm memory, `staging.py` waits for
-devices, `summing.py` copies with a checksum,
-`metadata.py` packs the facts beside a value.
+`decoders.py` reads blobs, `receiving.py` copies values out of them, `lending.py` lets a value be written in place,
+`pool.py` keeps warm memory, `staging.py` waits for devices, `summing.py` copies with a checksum, `metadata.py` packs
+the facts beside a value.
 """
 
 from fabric.payloads.decoders import decode
+from fabric.payloads.lending import Form, is_referred_to, lend, plan_loan, plan_snapshot, take_back
 from fabric.payloads.metadata import METADATA_BYTES_MAX, pack_metadata, unpack_metadata
-from fabric.payloads.plans import Plan, plan
+from fabric.payloads.plans import BufferPlan, Plan, plan
 from fabric.payloads.pool import BufferPool, PooledBuffer
 from fabric.payloads.receiving import decode_into, own
 from fabric.payloads.schema import ARRAY, BYTES, FLOAT, INTEGER, TENSOR, TEXT, TREE
@@ -26,9 +27,11 @@ __all__ = [
     "TENSOR",
     "TEXT",
     "TREE",
+    "BufferPlan",
     "BufferPool",
     "DeviceQueue",
     "Digest",
+    "Form",
     "Pending",
     "Plan",
     "PooledBuffer",
@@ -36,11 +39,16 @@ __all__ = [
     "copy_summed",
     "decode",
     "decode_into",
+    "is_referred_to",
+    "lend",
     "own",
     "pack_metadata",
     "plan",
+    "plan_loan",
+    "plan_snapshot",
     "register",
     "sampled_sum",
     "stage",
+    "take_back",
     "unpack_metadata",
 ]

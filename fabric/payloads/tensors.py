@@ -203,6 +203,26 @@ def own_tensor(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().clone()
 
 
+def dtype_code(dtype: torch.dtype, where: str) -> int:
+    """The dtype code of a torch dtype. Raises `UnsupportedValueError`."""
+    code = _CODES.get(dtype)
+    if code is None:
+        raise UnsupportedValueError("use a whole-byte dtype", kind=f"tensor of dtype {dtype}", where=where)
+    return code
+
+
+def lend_tensor(array: np.ndarray[Any, Any], code: int) -> torch.Tensor:
+    """An ordinary tensor over an array of its carrier dtype, which refers to nothing but the tensor's memory."""
+    with torch.inference_mode(False):
+        return _over(array, code)
+
+
+def empty_tensor(tensor: torch.Tensor) -> None:
+    """Leave a tensor without memory, whatever became of it in autograd."""
+    with torch.inference_mode(False), torch.no_grad():
+        tensor.set_()  # type: ignore[call-overload]
+
+
 def check_room(into: object, view: torch.Tensor, where: str) -> None:
     """Check that the decoded `view` can be copied into `into`, without a write.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fabric.client import Fabric, Publisher
 from fabric.config import Policy, WhenFull
 from fabric.engine.columns import Int64s
+from fabric.engine.guarding import publishing_line
 from fabric.engine.inbox import Inbox
+from fabric.engine.steps import Steps
 from fabric.message import Message, RedrivenFeed
+from fabric.payloads import own
+from fabric.publisher import Loan
 from fabric.subscription import Subscription
 from fabric.table import Table
 from fabric.topics import check_seed
@@ -44,6 +48,28 @@ class WatchedPublisher(Publisher):
         for index, (value, seed, sequence) in enumerate(zip(values, seeds, sequences, strict=True)):
             self.history.published(self.book, first + index, check_seed(seed), int(sequence), value)
         return sequences
+
+    def loan(
+        self,
+        shape: int | Sequence[int],
+        dtype: Any,  # noqa: ANN401 - numpy's or torch's
+        *,
+        seed: int = 0,
+        metadata: Mapping[str, object] | None = None,
+    ) -> Loan:
+        """As `Publisher.loan`."""
+        return WatchedLoan(self, shape, dtype, seed, metadata, publishing_line())
+
+
+class WatchedLoan(Loan):
+    """A loan of which the value is noted as it is taken."""
+
+    def _giving(self) -> Steps[None]:
+        value, outbox = own(self.value), self._outbox
+        yield from super()._giving()
+        assert isinstance(outbox, WatchedPublisher), "it lent this"
+        assert self.sequence is not None, "it is published"
+        outbox.history.published(outbox.book, outbox.next - 1, self._origin.seed, self.sequence, value)
 
 
 class WatchedSubscription(Subscription):

@@ -13,6 +13,7 @@ from fabric import aio
 CLASSES = ("Fabric", "Publisher", "Subscription")
 NOT_AWAITED = {
     "publisher",
+    "loan",
     "on",
     "respond",
     "drain",

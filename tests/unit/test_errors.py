@@ -18,6 +18,7 @@ FIELDS: dict[str, Any] = dict(
     **dict.fromkeys(["seed", "size", "limit", "used", "ours", "theirs", "owner", "caller", "opened_in", "used_in"], 3),
     **dict.fromkeys(["segment", "position", "feed", "first", "end"], 4),
     directory="text",
+    line="train.py:7",
     waited_s=2.5,
 )
 
