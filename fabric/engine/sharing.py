@@ -34,7 +34,7 @@ from transports.mappings import Mappings as SharedMappings
 if TYPE_CHECKING:
     from fabric.engine.loop import Engine
 
-__all__ = ["NoSharing", "Sharing", "key_of", "open_sharing"]
+__all__ = ["NoSharing", "Sharing", "open_sharing"]
 
 log = logging.getLogger("fabric.arena")
 
@@ -217,7 +217,7 @@ class Sharing(NoSharing):
         if card.host != ours.host:
             return
         self.part(card.name)  # the arena of an earlier life
-        key = key_of(card.name, card.incarnation)
+        key = _key(card.name, card.incarnation)
         if self._mappings.connect(key, self._address_of(card)):
             self._keys[card.name] = key
             self._engine.submit_later(ArenaReached(card.name, card.incarnation))
@@ -235,7 +235,7 @@ class Sharing(NoSharing):
         self._commands[type(command)](command)
 
     def _read(self, command: ReadSlot) -> None:
-        descriptor, key = command.descriptor, key_of(command.peer, command.incarnation)
+        descriptor, key = command.descriptor, _key(command.peer, command.incarnation)
         assert descriptor.slot is not None, "the core asks for what lies in a slot"
         place = Place(*descriptor.slot)
         view = self._mappings.map(key, place, descriptor.size)
@@ -294,11 +294,11 @@ def open_sharing(engine: Engine) -> NoSharing:
     except (OSError, TransportError) as error:
         log.warning("%s has no shared memory, large values travel by socket: %s", card.name, error)
         return NoSharing()
-    mappings = SharedMappings(card.name, card.incarnation, own=arena, own_key=key_of(card.name, card.incarnation))
+    mappings = SharedMappings(card.name, card.incarnation, own=arena, own_key=_key(card.name, card.incarnation))
     return Sharing(engine, arena, mappings, _address_of)
 
 
-def key_of(name: str, incarnation: int) -> str:
+def _key(name: str, incarnation: int) -> str:
     """Under which the arena of one life of a member is mapped."""
     return f"{name}@{incarnation}"
 

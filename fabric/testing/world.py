@@ -21,7 +21,6 @@ from fabric.core.events import Card
 from fabric.core.wire import VERSION
 from fabric.engine.dispatch import Dispatcher
 from fabric.engine.loop import Engine
-from fabric.engine.sharing import Sharing, key_of
 from fabric.engine.storing import recovered
 from fabric.errors import (
     BrokenError,
@@ -33,13 +32,11 @@ from fabric.errors import (
     shortened,
 )
 from fabric.storage.state import MemberState
-from fabric.testing.arenas import ArenaHub, WorldArena, WorldMappings
 from fabric.testing.disks import FakeDisk
 from fabric.testing.history import History
 from fabric.testing.stores import DiskPlan, KeptLetters, WorldStore
 from fabric.testing.watching import WatchedFabric
 from transports import FaultPlan, MemoryHub, MemoryTransport
-from transports.arena import ArenaLimits
 
 __all__ = ["World"]
 
@@ -68,14 +65,6 @@ class _Waits:
 
     def close(self) -> None:
         """Nothing sleeps here."""
-
-
-SEGMENT_BYTES = 512 * 1024
-"""Of a simulated arena: eight of the smallest slots."""
-
-
-def _address_of(card: Card) -> str:
-    return f"{card.name}@{card.incarnation}"
 
 
 class _Membership:
@@ -137,9 +126,7 @@ class World:
     join with; handlers always run in `step` mode, and the world runs them. `world_size` is the number of ranks. With
     `checked` the core's invariants are asserted after every event of every member, which costs about as much as the
     events themselves. With `state` ranks have state, which outlives them: one that joins again after `kill`, `stop` or
-    `lose_power` serves what its last life left, has its dead letters, and knows which messages were in hand. With
-    `arena_misses` members of one host share memory for large values, and so often, 0 to 1, do not; a slot that is free
-    is overwritten at once.
+    `lose_power` serves what its last life left, has its dead letters, and knows which messages were in hand.
 
     `history` holds all that was published, received, lost and buried; `Checker(world.history).judge()` compares.
     """
@@ -154,7 +141,6 @@ class World:
         world_size: int = 2,
         checked: bool = True,
         state: bool = False,
-        arena_misses: float | None = None,
     ) -> None:
         self.seed, self.world_size, self.checked, self.state = seed, world_size, checked, state
         self.now_ns = S
@@ -173,7 +159,6 @@ class World:
         """Those disks as the last loss of power left them."""
         self._boots: Counter[str] = Counter()
         self._dead: set[tuple[str, int]] = set()
-        self._arenas, self._arena_misses = ArenaHub(), arena_misses
         self._waits = _Waits(self)
 
     def _clock(self) -> int:
@@ -264,17 +249,8 @@ class World:
         engine.stateless = "" if state is not None else "give World state=True, and end the life before"
         engine.probe = lambda other: (other.name, other.incarnation) in self._dead
         engine.watch = lambda event, commands: self._look(engine, event, commands)
-        if self._arena_misses is not None:
-            engine.sharing = self._share(engine, self._arena_misses)
         self.history.begin(engine)
         return card, engine, state
-
-    def _share(self, engine: Engine, misses: float) -> Sharing:
-        card, limits = engine.card, ArenaLimits(bytes_max=engine.config.arena.bytes_max, segment_bytes=SEGMENT_BYTES)
-        rng = Random(f"arena {self.seed} {card.name} {card.incarnation}")
-        arena = WorldArena(_address_of(card), limits, self._arenas, rng, misses)
-        mappings = WorldMappings(card.name, card.incarnation, arena, key_of(card.name, card.incarnation), rng, misses)
-        return Sharing(engine, arena, mappings, _address_of)
 
     def _take_state(self, name: str, host: str, config: FabricConfig) -> MemberState | None:
         """What earlier lives of a rank left; None while one of them lives on as a zombie and has it."""
@@ -307,7 +283,6 @@ class World:
             if member.fabric is fabric:
                 member.store.kill()
                 member.engine.close(0.0)
-                self._arenas.dead.add((member.engine.card.name, member.engine.card.incarnation))
                 self._gone(member.engine.card, killed=True)
                 return
 

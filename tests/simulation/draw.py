@@ -9,14 +9,12 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from fabric.config import Arena, FabricConfig, Inboxes, Liveness, Repair, Requests, Retention, Spill, Work
+from fabric.config import FabricConfig, Inboxes, Liveness, Repair, Requests, Retention, Spill, Work
 from fabric.testing import DiskPlan, FaultPlan
 
 KIB = 1024
 DISK = 1 << 40
 """Seeds with this bit have topics that spill. So the worlds of the others stay what they were."""
-ARENA = 1 << 41
-"""Seeds with this bit share memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +68,6 @@ class Options:
     revive: float
     """Probability that a member that is down comes back in a step."""
     disk: DiskPlan = field(default_factory=DiskPlan)
-    arena_misses: float | None = None
-    """How often shared memory is not to be had; None: there is none."""
-    keeps: float = 0.0
-    """Probability that an application holds on to a large value."""
 
 
 def draw(seed: int) -> Options:
@@ -110,23 +104,7 @@ def draw(seed: int) -> Options:
         ),
         revive=pick([0.05, 0.3]),
     )
-    options = _with_disk(options, seed) if seed & DISK else options
-    return _with_arena(options, seed) if seed & ARENA else options
-
-
-def _with_arena(options: Options, seed: int) -> Options:
-    """Members of one host share memory; there is little of it, and applications hold on to values."""
-    rng = Random(f"arena {seed}")
-    pick = rng.choice
-    large = [(70 * KIB,), (20, 70 * KIB), (90 * KIB, 150 * KIB), (20, 70 * KIB, 70 * KIB)]
-    publishers = tuple(
-        tuple(replace(topic, sizes=pick(large)) if rng.random() < 0.7 else topic for topic in topics)
-        for topics in options.publishers
-    )
-    config = replace(options.config, arena=Arena(bytes_max=pick([400 * KIB, 2000 * KIB, 64 * KIB * KIB])))
-    misses, keeps = pick([0.0, 0.0, 0.1, 0.5]), pick([0.0, 0.3, 0.8])
-    hosts = pick([1, 1, options.hosts])
-    return replace(options, publishers=publishers, config=config, hosts=hosts, arena_misses=misses, keeps=keeps)
+    return _with_disk(options, seed) if seed & DISK else options
 
 
 def _with_disk(options: Options, seed: int) -> Options:

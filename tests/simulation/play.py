@@ -104,16 +104,14 @@ class Reader:
 
     def drain(self, inbox: Subscription) -> None:
         """Some of what is here."""
-        for count, message in enumerate(inbox.drain(), 1):
-            self.game.keep(self.fabric, message)
+        for count, _ in enumerate(inbox.drain(), 1):
             if count >= self.most:
                 break
 
     def take_many(self, inbox: Subscription) -> None:
         """What is here at once."""
         if self.has_some(inbox):
-            for message in inbox.receive_many(self.most, timeout_s=0.001):
-                self.game.keep(self.fabric, message)
+            inbox.receive_many(self.most, timeout_s=0.001)
         else:
             next(inbox.drain(), None)
 
@@ -129,7 +127,6 @@ class Reader:
             message = next(inbox.drain(), None)
             if message is None:
                 break
-            self.game.keep(self.fabric, message)
             self.hand.append(message)
         for _ in range(rng.randint(0, len(self.hand)) if not self.game.calm else len(self.hand)):
             if not self.hand:
@@ -144,7 +141,6 @@ class Reader:
 
     def handle(self, message: Message) -> None:
         """As a handler."""
-        self.game.keep(self.fabric, message)
         if self.game.rng.random() < self.profile.trouble and not self.game.calm:
             raise RuntimeError("chance")
 
@@ -181,15 +177,8 @@ class Game:
         topics = [*options.publishers, *[()] * (len(options.readers) - len(options.publishers))]
         self.players = [Player(n, t, p) for n, (t, p) in enumerate(zip(topics, options.readers, strict=True))]
         self.world = World(
-            seed,
-            plan=options.plan,
-            disk=options.disk,
-            config=options.config,
-            world_size=len(self.players),
-            arena_misses=options.arena_misses,
+            seed, plan=options.plan, disk=options.disk, config=options.config, world_size=len(self.players)
         )
-        self.held: list[tuple[Fabric, memoryview, bytes]] = []
-        """Large values that applications hold on to, and what they were."""
         self.checker = Checker(self.world.history)
         self.zombies: list[tuple[Player, Fabric]] = []
         self.step = 0
@@ -203,12 +192,10 @@ class Game:
         for step in range(self.options.steps):
             self.step = step
             self.act()
-            self.let_go()
             self.world.run(self.rng.random() * 2 * self.options.pause_s)
             self.checker.inspect()
         self.world.calm()
         self.calm = True
-        self.let_go(all_of_it=True)
         for reader in [reader for player in self.players for reader in player.readers]:
             reader.hurry()
         for player in self.players:
@@ -224,23 +211,6 @@ class Game:
         self.checker.judge()
         self.collect()
         return Outcome(self.world.history.digest(), self.counts)
-
-    # What applications hold.
-
-    def keep(self, fabric: Fabric, message: Message) -> None:
-        """An application may hold on to a large value."""
-        payload = (message._burst.payloads or {}).get(message.offset)
-        if payload is not None and self.options.keeps and self.rng.random() < self.options.keeps:
-            self.held.append((fabric, memoryview(payload), bytes(payload)))
-            self.counts["values held"] += 1
-
-    def let_go(self, *, all_of_it: bool = False) -> None:
-        """Nothing that is held may ever change, whoever has closed; what a killed process held is gone."""
-        living = {fabric.name for fabric in self.world.members}
-        for fabric, view, copy in self.held:
-            if view != copy:
-                raise Violation("I4", f"a value in the hands of {fabric} has changed ({fabric.name in living})")
-        self.held = [] if all_of_it else [entry for entry in self.held if self.rng.random() > 0.2]
 
     def rest(self) -> None:
         """I9."""
@@ -310,8 +280,6 @@ class Game:
         if player.fabric is not None:
             self.counts[f"fault: {name}"] += 1
             fabric, player.fabric = player.fabric, None
-            if how == self.world.kill:
-                self.held = [entry for entry in self.held if entry[0] is not fabric]
             how(fabric)
 
     # What happens.
