@@ -25,7 +25,7 @@ from transports.segments import Layout, Place, Segment, create_segment, is_withi
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Arena", "ArenaLimits", "Place", "Reader", "Slot"]
+__all__ = ["Arena", "ArenaLimits", "Cell", "Place", "Reader", "Slot"]
 
 Room = np.ndarray[Any, Any]
 
@@ -47,7 +47,7 @@ class ArenaLimits:
     """Readers that are connected, and as many that have left and may still look at something."""
 
 
-class _Cell:
+class Cell:
     """A slot in the arena's books."""
 
     __slots__ = ("generation", "index", "readable", "reference", "room", "segment")
@@ -69,8 +69,8 @@ class _OwnSegment(Segment):
     def __init__(self, layout: Layout, memory: memoryview, descriptor: int) -> None:
         super().__init__(layout, memory)
         self.memory, self.descriptor = memory, descriptor
-        self.cells: list[_Cell] = []
-        self.fresh: list[_Cell] = []
+        self.cells: list[Cell] = []
+        self.fresh: list[Cell] = []
         """Cells without memory: one whose memory was refused, or that nobody came for."""
         self.committed = layout.start
         self.used = 0
@@ -81,11 +81,11 @@ class _OwnSegment(Segment):
         """Whether there is a slot that never had memory."""
         return bool(self.fresh) or len(self.cells) < self.slots
 
-    def next_fresh(self) -> _Cell:
+    def next_fresh(self) -> Cell:
         """A slot without memory."""
         if self.fresh:
             return self.fresh.pop()
-        cell = _Cell(self, len(self.cells))
+        cell = Cell(self, len(self.cells))
         self.cells.append(cell)
         return cell
 
@@ -95,7 +95,7 @@ class _Reference(weakref.ref[Room]):
 
     __slots__ = ("cell", "place")
 
-    cell: _Cell
+    cell: Cell
     place: Place | None
     """None if it was never published."""
 
@@ -105,9 +105,9 @@ class Slot:
 
     __slots__ = ("_arena", "_cell", "place", "view")
 
-    def __init__(self, arena: Arena, cell: _Cell, size: int) -> None:
+    def __init__(self, arena: Arena, cell: Cell, size: int) -> None:
         self._arena = arena
-        self._cell: _Cell | None = cell
+        self._cell: Cell | None = cell
         self.place = Place(cell.segment.number, cell.index, cell.generation)
         """What readers are told."""
         self.view = memoryview(cast("Buffer", cell.room))[:size]
@@ -161,7 +161,7 @@ class Arena(OneProcess):
         self.limits = limits or ArenaLimits()
         self._lock = threading.Lock()
         self._segments: dict[int, _OwnSegment] = {}
-        self._free: dict[int, list[_Cell]] = {}
+        self._free: dict[int, list[Cell]] = {}
         self._growing: dict[int, _OwnSegment] = {}
         self._closing: dict[int, int] = {}  # bytes of closed segments that readers have not let go of
         self._returned: deque[_Reference] = deque()  # bounded by the slots
@@ -204,7 +204,7 @@ class Arena(OneProcess):
             return None
         return Slot(self, fresh, size)
 
-    def _enter(self, cell: _Cell) -> None:
+    def _enter(self, cell: Cell) -> None:
         """Give a slot its next generation. The lock is held."""
         self._generation = cell.generation = generation = self._generation + 1
         segment = cell.segment
@@ -212,7 +212,7 @@ class Arena(OneProcess):
         segment.used += 1
         self._in_use += segment.slot_bytes
 
-    def _reserve(self, slot_bytes: int) -> _Cell | None:
+    def _reserve(self, slot_bytes: int) -> Cell | None:
         """A slot without memory, and room for its memory. The lock is held."""
         segment = self._growing.get(slot_bytes)
         layout = None
@@ -254,7 +254,7 @@ class Arena(OneProcess):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return descriptor, memory
 
-    def _commit(self, cell: _Cell) -> bool:
+    def _commit(self, cell: Cell) -> bool:
         """Get memory for a fresh slot. Not under the lock: 64 MiB take 16 ms."""
         segment = cell.segment
         try:
@@ -271,7 +271,7 @@ class Arena(OneProcess):
         # A hole in the file would be filled by the first write to it, or end the process with SIGBUS.
         os.posix_fallocate(descriptor, offset, size)
 
-    def _uncommit(self, cell: _Cell) -> None:
+    def _uncommit(self, cell: Cell) -> None:
         """Undo `_reserve`: the kernel has undone its part. The lock is held."""
         segment = cell.segment
         segment.table[cell.index] = cell.generation = 0
@@ -324,7 +324,7 @@ class Arena(OneProcess):
                 raise ValueError(f"{place} is not there, or somebody here still looks at it")
             self._let_go(cell)
 
-    def _let_go(self, cell: _Cell) -> None:
+    def _let_go(self, cell: Cell) -> None:
         """A slot is free. The lock is held."""
         segment = cell.segment
         segment.table[cell.index] = cell.generation = 0
@@ -357,7 +357,7 @@ class Arena(OneProcess):
         with self._lock:
             self._let_go(cell)
 
-    def _readmit(self, cell: _Cell) -> None:
+    def _readmit(self, cell: Cell) -> None:
         """Whoever looked at a slot that was never published has gone."""
         segment = cell.segment
         cell.room = np.frombuffer(

@@ -30,7 +30,7 @@ from transports.segments import (
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Mappings"]
+__all__ = ["Mappings", "Writer"]
 
 Room = np.ndarray[Any, Any]
 
@@ -49,7 +49,7 @@ class _Reference(weakref.ref[Room]):
     segment: Segment
 
 
-class _Writer:
+class Writer:
     """One peer whose arena is mapped."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -62,7 +62,7 @@ class Mappings(OneProcess):
 
     def __init__(self, name: str, incarnation: int, *, own: Arena | None = None, own_key: str = "") -> None:
         self._name, self._incarnation, self._own, self._own_key = name, incarnation, own, own_key
-        self._writers: dict[str, _Writer] = {}
+        self._writers: dict[str, Writer] = {}
         self._returned: deque[_Reference] = deque()  # bounded by the views
         self._alive: dict[int, _Reference] = {}
         self._counts = dict.fromkeys(
@@ -85,7 +85,7 @@ class Mappings(OneProcess):
         except OSError:
             connection.close()
             return False
-        self._writers[peer] = _Writer(connection)
+        self._writers[peer] = Writer(connection)
         return True
 
     def disconnect(self, peer: str) -> None:
@@ -150,7 +150,7 @@ class Mappings(OneProcess):
                     segment.dropped = True  # told with the next `listen`, if anybody hears it
                     writer.segments[segment.number] = segment
 
-    def _hear(self, writer: _Writer) -> None:
+    def _hear(self, writer: Writer) -> None:
         while True:
             try:
                 packet, descriptors, flags, _ = socket.recv_fds(
@@ -170,7 +170,7 @@ class Mappings(OneProcess):
                 for descriptor in descriptors:
                     os.close(descriptor)
 
-    def _take(self, writer: _Writer, packet: bytes, descriptors: list[int], flags: int) -> None:
+    def _take(self, writer: Writer, packet: bytes, descriptors: list[int], flags: int) -> None:
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise MalformedSegmentError("a packet that was cut")
         kind, layout = unpack_packet(packet)

@@ -99,8 +99,8 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.HOLDS: (Each(int, int, bool, int, Each(int, int)),),
     # feeds with the serial numbers of HOLDS that asked: from now on those decide what is reused
     Kind.LEASED: (Each(int, int),),
-    # feeds of which you have to tell me again what you hold
-    Kind.RECALL: (Each(int),),
+    # feeds of which you have to tell me again what you hold, and below which offset no value comes that has not come
+    Kind.RECALL: (Each(int, int),),
     Kind.ROSTER_ASK: (*_CARD, int),
     Kind.ROSTER: (Each(*_CARD, int),),
     # feed, token

@@ -32,7 +32,7 @@ class _Hold:
     `views`: how often each offset is looked at. `inbounds` are those of the subscriptions that follow it now.
     """
 
-    __slots__ = ("asking", "began", "feed", "floor", "inbounds", "is_leased", "peer", "views")
+    __slots__ = ("asking", "began", "feed", "floor", "inbounds", "is_leased", "passed", "peer", "views")
 
     def __init__(self, feed: int, peer: str) -> None:
         self.feed, self.peer = feed, peer
@@ -42,10 +42,18 @@ class _Hold:
         self.floor = self.began = 0
         """What was told last, since we follow it; the serial number of the first that was told."""
         self.asking = ASK
+        self.passed = 0
+        """Where what its publisher has forgotten ends, as far as nobody is owed it."""
 
     def floor_now(self) -> int:
         """Below it nothing is read any more that is not read now."""
-        return min((inbound.floor for inbound in self.inbounds), default=OFFSET_END)
+        floor = min((inbound.floor for inbound in self.inbounds), default=OFFSET_END)
+        return max(self.floor, self.passed, floor)
+
+    def pass_by(self, end: int) -> None:
+        """Slots below `end` are waited for. Who is owed them settles them; who is not may never hear of them."""
+        if all(inbound.best_effort for inbound in self.inbounds):
+            self.passed = max(self.passed, min(end, OFFSET_END))
 
 
 class Holding:
@@ -79,7 +87,8 @@ class Holding:
         if hold is None:
             hold = self._holds[feed] = _Hold(feed, peer)
         if not hold.inbounds:
-            hold.began, hold.inbounds, hold.floor, hold.asking = self._serial + 1, inbounds, 0, ASK
+            hold.began, hold.inbounds, hold.asking = self._serial + 1, inbounds, ASK
+            hold.floor = hold.passed = 0
             self._ask(hold)
 
     def _ask(self, hold: _Hold) -> None:
@@ -179,7 +188,7 @@ class Holding:
             self._context.send(peer, Kind.HOLDS, rows[begin : begin + FEEDS_PER_FRAME])
 
     def _row(self, hold: _Hold) -> tuple[Any, ...]:
-        floor = max(hold.floor, hold.floor_now())
+        floor = hold.floor_now()
         ranges = list(RangeSet((offset, offset + 1) for offset in hold.views if offset < floor))
         if len(ranges) > HELD_RANGES_MAX:  # then `hold.floor` is below them, too: no more were ever left out
             floor = ranges[HELD_RANGES_MAX][0]
@@ -187,11 +196,16 @@ class Holding:
         self._serial += 1
         return hold.feed, self._serial, hold.feed in self._asking, hold.floor, ranges[:HELD_RANGES_MAX]
 
-    def on_recall(self, name: str, feeds: Iterable[tuple[int]]) -> None:
+    def on_recall(self, name: str, feeds: Iterable[tuple[int, int]]) -> None:
         """A publisher waits for slots: tell it again. Of a feed that we do not know we hold nothing."""
-        holds = [self._holds[feed] for (feed,) in feeds if feed in self._holds]
-        self._dirty.update((hold.feed, hold) for hold in holds if hold.peer == name)
-        unknown = [feed for (feed,) in feeds if feed not in self._holds]
+        unknown = []
+        for feed, end in feeds:
+            hold = self._holds.get(feed)
+            if hold is None:
+                unknown.append(feed)
+            elif hold.peer == name:
+                hold.pass_by(end)
+                self._dirty[feed] = hold
         self._send(name, [(feed, self._serial + n, False, OFFSET_END, []) for n, feed in enumerate(unknown, 1)])
         self._serial += len(unknown)
         self.tell()

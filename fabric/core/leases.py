@@ -141,13 +141,13 @@ class Leases:
             return
         self._recall_ns = self._context.now + RECALL_NS if self._forgotten else 0
         kept: dict[Life, int] = {}
-        feeds: dict[Life, list[tuple[int]]] = {}
+        feeds: dict[Life, list[tuple[int, int]]] = {}
         for feed, waiting in self._forgotten.items():
             for life, needs in self._needs.get(feed, {}).items():
-                size = sum(size for offset, size in waiting.items() if needs.include(offset))
-                if size:
-                    kept[life] = kept.get(life, 0) + size
-                    feeds.setdefault(life, []).append((feed,))
+                needed = [offset for offset in waiting if needs.include(offset)]
+                if needed:
+                    kept[life] = kept.get(life, 0) + sum(waiting[offset] for offset in needed)
+                    feeds.setdefault(life, []).append((feed, max(needed) + 1))
         for (name, _), asked in feeds.items():
             self._context.send(name, Kind.RECALL, asked[:FEEDS_PER_FRAME])
         self._judge(kept)

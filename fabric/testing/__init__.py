@@ -19,10 +19,11 @@ Whoever waits lets the world go on; `world.run(60)` is a minute of its time and 
 `world.every(0.1, function)` an application's loop. The same seed gives the same history, byte for byte.
 """
 
+from fabric.testing.arenas import ArenaPlan
 from fabric.testing.checker import Checker, Violation
 from fabric.testing.history import History
 from fabric.testing.stores import DiskPlan
 from fabric.testing.world import World
 from transports import FaultPlan
 
-__all__ = ["Checker", "DiskPlan", "FaultPlan", "History", "Violation", "World"]
+__all__ = ["ArenaPlan", "Checker", "DiskPlan", "FaultPlan", "History", "Violation", "World"]

@@ -21,6 +21,7 @@ from fabric.core.events import Card
 from fabric.core.wire import VERSION
 from fabric.engine.dispatch import Dispatcher
 from fabric.engine.loop import Engine
+from fabric.engine.sharing import Sharing
 from fabric.engine.storing import recovered
 from fabric.errors import (
     BrokenError,
@@ -32,6 +33,7 @@ from fabric.errors import (
     shortened,
 )
 from fabric.storage.state import MemberState
+from fabric.testing.arenas import ArenaHub, ArenaPlan, FakeArena, FakeMappings
 from fabric.testing.disks import FakeDisk
 from fabric.testing.history import History
 from fabric.testing.stores import DiskPlan, KeptLetters, WorldStore
@@ -81,7 +83,7 @@ class _Membership:
     def close(self) -> None:
         """Leave."""
         self._engine.close(0.0)
-        self._world._gone(self._engine.card)
+        self._world._left(self._engine.card)
 
 
 @dataclass(slots=True, eq=False)
@@ -126,7 +128,8 @@ class World:
     join with; handlers always run in `step` mode, and the world runs them. `world_size` is the number of ranks. With
     `checked` the core's invariants are asserted after every event of every member, which costs about as much as the
     events themselves. With `state` ranks have state, which outlives them: one that joins again after `kill`, `stop` or
-    `lose_power` serves what its last life left, has its dead letters, and knows which messages were in hand.
+    `lose_power` serves what its last life left, has its dead letters, and knows which messages were in hand. With
+    `arena` members of one host share memory; it says what goes wrong there.
 
     `history` holds all that was published, received, lost and buried; `Checker(world.history).judge()` compares.
     """
@@ -137,6 +140,7 @@ class World:
         *,
         plan: FaultPlan | None = None,
         disk: DiskPlan | None = None,
+        arena: ArenaPlan | None = None,
         config: FabricConfig | None = None,
         world_size: int = 2,
         checked: bool = True,
@@ -147,6 +151,7 @@ class World:
         """The time of this world; it begins at 1 s, because 0 means "never" in many a place."""
         self.hub = MemoryHub(seed=seed, plan=plan, clock=self._clock)
         self.history = History(self._clock)
+        self._arenas = ArenaHub(seed, arena, self._clock) if arena is not None else None
         self._config, self._disk = config or FabricConfig(), disk or DiskPlan()
         self._members: list[_Member] = []
         self._tasks: list[_Task] = []
@@ -159,6 +164,8 @@ class World:
         """Those disks as the last loss of power left them."""
         self._boots: Counter[str] = Counter()
         self._dead: set[tuple[str, int]] = set()
+        self._lingering: dict[str, list[Card]] = {}
+        """Lives that are over while their processes go on, by name."""
         self._waits = _Waits(self)
 
     def _clock(self) -> int:
@@ -249,6 +256,8 @@ class World:
         engine.stateless = "" if state is not None else "give World state=True, and end the life before"
         engine.probe = lambda other: (other.name, other.incarnation) in self._dead
         engine.watch = lambda event, commands: self._look(engine, event, commands)
+        if self._arenas is not None:
+            engine.sharing = _share(engine, self._arenas)
         self.history.begin(engine)
         return card, engine, state
 
@@ -299,9 +308,21 @@ class World:
                 left = disk.crashed(len(disk.steps), lambda _: rng.random() < 0.5, start=floor)
                 self._disks[name], self._floors[name] = left, left.copy()
 
-    def stop(self, fabric: Fabric, *, timeout_s: float = 5.0) -> None:
-        """End a member well: `fabric.close(timeout_s)`."""
+    def stop(self, fabric: Fabric, *, timeout_s: float = 5.0, exits: bool = True) -> None:
+        """End a member well: `fabric.close(timeout_s)`. Its process ends, too, if it `exits`.
+
+        Otherwise it goes on, with what it still looks at, until `vanish`, or until a next life that it hosts is killed.
+        """
+        if not exits:
+            self._lingering.setdefault(fabric.name, [])
         fabric.close(timeout_s=timeout_s)
+        if exits:
+            self.vanish(fabric.name)
+
+    def vanish(self, name: str) -> None:
+        """The process of a member that was stopped without its end does end."""
+        for card in self._lingering.pop(name, ()):
+            self._died(card)
 
     def close(self) -> None:
         """End all members, without a goodbye."""
@@ -310,8 +331,22 @@ class World:
         for letters in self._letters.values():
             letters.close()
 
-    def _gone(self, card: Card, *, killed: bool = False) -> None:
+    def _left(self, card: Card) -> None:
+        if card.name in self._lingering:
+            self._lingering[card.name].append(card)
+        else:
+            self._died(card)
+        self._gone(card)
+
+    def _died(self, card: Card) -> None:
         self._dead.add((card.name, card.incarnation))
+        if self._arenas is not None:
+            self._arenas.died(card.name, card.incarnation)
+
+    def _gone(self, card: Card, *, killed: bool = False) -> None:
+        if killed:
+            self._died(card)
+            self.vanish(card.name)
         self._tasks = [task for task in self._tasks if task.owner is None or task.owner._engine.card is not card]
         self._members = [member for member in self._members if member.engine.card is not card]
         self.history.end(card, killed=killed)
@@ -401,6 +436,16 @@ class World:
 
     def __repr__(self) -> str:
         return f"World(seed={self.seed}, now={self.now_s:.3f} s, members={[_name(fabric) for fabric in self.members]})"
+
+
+def _share(engine: Engine, hub: ArenaHub) -> Sharing:
+    def address_of(card: Card) -> str:
+        return f"{card.name}@{card.incarnation}"
+
+    card = engine.card
+    arena = FakeArena(hub, address_of(card), engine.config.arena.bytes_max)
+    mappings = FakeMappings(hub, card.name, card.incarnation, own=arena, own_key=address_of(card))
+    return Sharing(engine, arena, mappings, address_of)
 
 
 def _name(member: Fabric | str) -> str:

@@ -48,7 +48,7 @@ FIELDS: dict[Kind, tuple[Any, ...]] = {
     Kind.FETCH: (FEED, 17, 1048576, 4194304, 3, True),
     Kind.HOLDS: ([(FEED, 3, True, 17, [(5, 6)])],),
     Kind.LEASED: ([(FEED, 3)],),
-    Kind.RECALL: ([(FEED,)],),
+    Kind.RECALL: ([(FEED, 9)],),
     Kind.ROSTER_ASK: (*CARD, 9),
     Kind.ROSTER: ([(*CARD, 7)],),
     Kind.REPAIR: (FEED, 12),

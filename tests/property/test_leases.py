@@ -30,8 +30,8 @@ SIZE = 1000
 class Inbound:
     """All that is asked of what a subscription knows of a feed."""
 
-    def __init__(self, floor: int) -> None:
-        self.floor = floor
+    def __init__(self, floor: int, *, best_effort: bool = False) -> None:
+        self.floor, self.best_effort = floor, best_effort
 
 
 class Feed:
@@ -132,7 +132,9 @@ class Game:
         """A subscription begins, perhaps among what is kept."""
         feed = self.rng.choice(FEEDS)
         oldest = min((offset for at, offset in self.retained if at == feed), default=self.feeds[feed].end)
-        self.reader.follows[feed].append(Inbound(self.rng.randint(oldest, self.feeds[feed].end)))
+        self.reader.follows[feed].append(
+            Inbound(self.rng.randint(oldest, self.feeds[feed].end), best_effort=self.rng.random() < 0.5)
+        )
 
     def unfollow(self) -> None:
         feed = self.rng.choice(FEEDS)

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-from fabric.config import FabricConfig, Inboxes, Liveness, Repair, Requests, Retention, Spill, Work
-from fabric.testing import DiskPlan, FaultPlan
+from fabric.config import Arena, FabricConfig, Inboxes, Liveness, Repair, Requests, Retention, Spill, Work
+from fabric.testing import ArenaPlan, DiskPlan, FaultPlan
 
 KIB = 1024
 DISK = 1 << 40
 """Seeds with this bit have topics that spill. So the worlds of the others stay what they were."""
+SHARED = 1 << 41
+"""Seeds with this bit have members that share memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class Options:
     revive: float
     """Probability that a member that is down comes back in a step."""
     disk: DiskPlan = field(default_factory=DiskPlan)
+    arena: ArenaPlan | None = None
 
 
 def draw(seed: int) -> Options:
@@ -104,7 +107,8 @@ def draw(seed: int) -> Options:
         ),
         revive=pick([0.05, 0.3]),
     )
-    return _with_disk(options, seed) if seed & DISK else options
+    options = _with_disk(options, seed) if seed & DISK else options
+    return _with_arenas(options, seed) if seed & SHARED else options
 
 
 def _with_disk(options: Options, seed: int) -> Options:
@@ -130,6 +134,29 @@ def _with_disk(options: Options, seed: int) -> Options:
     )
     disk = DiskPlan(delay_ms=pick([0, 1, 60]), refusals=pick([0, 0, 0.1, 0.5]), damage=pick([0, 0, 0.3]))
     return replace(options, publishers=publishers, config=config, disk=disk)
+
+
+def _with_arenas(options: Options, seed: int) -> Options:
+    """Values are large, arenas small, most members on one host."""
+    rng = Random(f"arenas {seed}")
+    pick = rng.choice
+    publishers = tuple(
+        tuple(replace(topic, sizes=pick([(70 * KIB,), (20, 70 * KIB), (20, 66 * KIB, 140 * KIB)])) for topic in topics)
+        for topics in options.publishers
+    )
+    config = replace(
+        options.config,
+        retention=replace(options.config.retention, kept_bytes_max=pick([1, 200 * KIB, 1024 * KIB])),
+        arena=Arena(bytes_max=pick([300, 600, 1200, 4000]) * KIB, verify=pick(["sample", "always", "off", "off"])),
+    )
+    arena = ArenaPlan(
+        segment_bytes=pick([1, 256, 1024]) * KIB,
+        refusals=pick([0, 0, 0.2]),
+        blindness=pick([0, 0, 0.1, 0.5]),
+        behind=pick([0, 0, 0.3]),
+        death_ms=pick([0, 20, 2000]),
+    )
+    return replace(options, publishers=publishers, config=config, arena=arena, hosts=pick([1, 1, 1, options.hosts]))
 
 
 def _topics(rng: Random, number: int) -> tuple[Topic, ...]:

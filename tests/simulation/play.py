@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from fabric.client import Fabric
 from fabric.errors import (
     BrokenError,
@@ -28,6 +30,10 @@ REST_S = 90.0
 HURRY_S = 0.02
 REST_STEP_S = 0.05
 """How often it is looked; looking costs more than the world's own events in between."""
+
+
+KEPT_MAX = 6
+"""Values that one application keeps looking at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,23 @@ class Reader:
         self.inbox: Subscription | None = None
         self.hand: list[Message] = []
         self.handles = False
+        self.kept: list[tuple[int, Any, bytes]] = []
+        """Values that this application looks at for long: until which step, and what they are."""
+
+    def keep(self, message: Message) -> None:
+        """Chance says whether, and for how long, the value is still looked at when the message is gone."""
+        chance = self.game.whims
+        if self.game.options.arena is None or len(self.kept) >= KEPT_MAX or chance.random() < 0.5 or self.game.calm:
+            return
+        if isinstance(message.value, np.ndarray):
+            self.kept.append((self.game.step + chance.choice([1, 3, 30]), message.value, message.value.tobytes()))
+
+    def look(self) -> None:
+        """What is looked at must not have changed."""
+        for _, value, content in self.kept:
+            if value.tobytes() != content:
+                raise Violation("I4", f"a value that {self.fabric} looks at has changed")
+        self.kept = [one for one in self.kept if one[0] > self.game.step and not self.game.calm]
 
     @property
     def most(self) -> int:
@@ -104,14 +127,16 @@ class Reader:
 
     def drain(self, inbox: Subscription) -> None:
         """Some of what is here."""
-        for count, _ in enumerate(inbox.drain(), 1):
+        for count, message in enumerate(inbox.drain(), 1):
+            self.keep(message)
             if count >= self.most:
                 break
 
     def take_many(self, inbox: Subscription) -> None:
         """What is here at once."""
         if self.has_some(inbox):
-            inbox.receive_many(self.most, timeout_s=0.001)
+            for message in inbox.receive_many(self.most, timeout_s=0.001):
+                self.keep(message)
         else:
             next(inbox.drain(), None)
 
@@ -127,6 +152,7 @@ class Reader:
             message = next(inbox.drain(), None)
             if message is None:
                 break
+            self.keep(message)
             self.hand.append(message)
         for _ in range(rng.randint(0, len(self.hand)) if not self.game.calm else len(self.hand)):
             if not self.hand:
@@ -141,6 +167,7 @@ class Reader:
 
     def handle(self, message: Message) -> None:
         """As a handler."""
+        self.keep(message)
         if self.game.rng.random() < self.profile.trouble and not self.game.calm:
             raise RuntimeError("chance")
 
@@ -165,6 +192,8 @@ class Player:
     profiles: tuple[Profile, ...]
     fabric: Fabric | None = None
     readers: list[Reader] = field(default_factory=list)
+    elders: list[Reader] = field(default_factory=list)
+    """Of earlier lives whose process goes on."""
 
 
 class Game:
@@ -174,10 +203,17 @@ class Game:
         self.rest_s = rest_s
         self.options, self.rng, self.counts = options, Random(f"play {seed}"), Counter[str]()
         self.calm = False
+        self.whims = Random(f"whims {seed}")
+        """Chance of what only some worlds have, so that the others stay what they were."""
         topics = [*options.publishers, *[()] * (len(options.readers) - len(options.publishers))]
         self.players = [Player(n, t, p) for n, (t, p) in enumerate(zip(topics, options.readers, strict=True))]
         self.world = World(
-            seed, plan=options.plan, disk=options.disk, config=options.config, world_size=len(self.players)
+            seed,
+            plan=options.plan,
+            disk=options.disk,
+            arena=options.arena,
+            config=options.config,
+            world_size=len(self.players),
         )
         self.checker = Checker(self.world.history)
         self.zombies: list[tuple[Player, Fabric]] = []
@@ -194,11 +230,14 @@ class Game:
             self.act()
             self.world.run(self.rng.random() * 2 * self.options.pause_s)
             self.checker.inspect()
+            self.look()
         self.world.calm()
         self.calm = True
+        self.look()
         for reader in [reader for player in self.players for reader in player.readers]:
             reader.hurry()
         for player in self.players:
+            self.vanish(player)
             if player.fabric is None and self.rng.random() < 0.8:
                 self.start(player)
         self.rest()
@@ -215,11 +254,49 @@ class Game:
     def rest(self) -> None:
         """I9."""
         world, began = self.world, self.world.now_s
-        while left := self.strangers() + self.checker.unsettled() + self.stragglers() or self.checker.unheard():
+        while left := self.restless():
             if world.now_s - began > self.rest_s:
                 raise Violation("I9", "; ".join(left))
             world.run(REST_STEP_S)
         self.counts["rests longer than 5 s"] += world.now_s - began > 5
+
+    def restless(self) -> list[str]:
+        """What is not at rest yet."""
+        left = self.strangers() + self.checker.unsettled() + self.stragglers() or self.checker.unheard()
+        return left or self.unfreed()
+
+    def unfreed(self) -> list[str]:
+        """Slots that retention let go of, and nobody has said that he looks at them no more."""
+        engines = [player.fabric._engine for player in self.players if player.fabric is not None]
+        return [
+            f"{engine.card.name} waits for {life} with slot {offset} of {feed}"
+            for engine in engines
+            for feed, slots in engine.core.publishing.leases._forgotten.items()
+            for life, needs in engine.core.publishing.leases._needs[feed].items()
+            for offset in slots
+            if needs.include(offset) and not self.is_looked_at(life, feed, offset)
+        ]
+
+    def is_looked_at(self, life: tuple[str, int], feed: int, offset: int) -> bool:
+        """Whether this life looks at a slot, or is a zombie, which may."""
+        engine = self.world.history.lives[life].engine
+        if engine is None:
+            return False
+        hold = engine.core.following.holding._holds.get(feed)
+        is_zombie = any(fabric._engine is engine for _, fabric in self.zombies)
+        return is_zombie or (hold is not None and offset in hold.views)
+
+    def look(self) -> None:
+        """All applications look at what they kept."""
+        for player in self.players:
+            for reader in player.readers + player.elders:
+                reader.look()
+
+    def vanish(self, player: Player) -> None:
+        """The process of a life that was stopped ends, unless the next life is in it."""
+        if player.fabric is None:
+            player.elders.clear()
+            self.world.vanish(f"rank-{player.number}")
 
     def strangers(self) -> list[str]:
         """Members that have not greeted each other."""
@@ -259,6 +336,7 @@ class Game:
         """A new life."""
         host = f"host-{player.number % self.options.hosts}"
         player.fabric = self.world.join(player.number, host=host, wait=False)
+        player.elders += player.readers
         player.fabric.respond("echo")(lambda request: request.value)
         player.fabric.respond("relay")(self.relay(player))
         player.readers = [Reader(self, player.fabric, profile) for profile in player.profiles]
@@ -281,6 +359,12 @@ class Game:
             self.counts[f"fault: {name}"] += 1
             fabric, player.fabric = player.fabric, None
             how(fabric)
+            player.elders = player.elders + player.readers if how == self.leave else []
+            player.readers = []
+
+    def leave(self, fabric: Fabric) -> None:
+        """A good end of a life whose process goes on."""
+        self.world.stop(fabric, exits=False)
 
     # What happens.
 
@@ -338,6 +422,8 @@ class Game:
         """Something that no other record has."""
         size = self.rng.choice(topic.sizes)
         padded = text.encode().ljust(size, b".")
+        if self.options.arena is not None and size > 20:
+            return np.frombuffer(padded, np.uint8)  # one that may be looked at where it lies
         return {"text": text, "number": self.number} if size == 20 and self.rng.random() < 0.1 else padded
 
     def publish_as_zombie(self, player: Player, fabric: Fabric) -> None:
@@ -389,7 +475,9 @@ class Game:
 
     def stop_reader(self) -> None:
         """A good end."""
-        self.end(self.rng.choice(self.players[len(self.options.publishers) :]), self.world.stop, "reader stopped")
+        player = self.rng.choice(self.players[len(self.options.publishers) :])
+        lingers = self.options.arena is not None and self.whims.random() < 0.5
+        self.end(player, self.leave if lingers else self.world.stop, "reader stopped")
 
     def replace_publisher(self) -> None:
         """It starts elsewhere while the old one lives."""

@@ -3,6 +3,7 @@
 
 python -m tests.simulation.soak --seeds 10000
 python -m tests.simulation.soak --minutes 10 --disk
+python -m tests.simulation.soak --minutes 10 --arena
 python -m tests.simulation.soak --first 77 --seeds 1 --verbose
 python -m tests.simulation.soak --variants
 """
@@ -18,7 +19,7 @@ from collections import Counter
 
 from fabric.testing import Violation
 from tests.simulation.book_variants import BOOK_VARIANTS
-from tests.simulation.draw import DISK
+from tests.simulation.draw import DISK, SHARED
 from tests.simulation.play import play
 from tests.simulation.variants import VARIANTS, broken
 
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=0)
     parser.add_argument("--disk", action="store_true", help="worlds whose topics spill")
+    parser.add_argument("--arena", action="store_true", help="worlds whose members share memory")
     parser.add_argument("--every", type=int, default=50, help="every so many seeds are played twice and compared")
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument(
@@ -73,7 +75,7 @@ def main() -> int:
     if arguments.variants:
         return hunt(arguments.first, arguments.seeds or 500, arguments.wanted, arguments.names)
     began, failed, counts = time.monotonic(), Counter[str](), Counter[str]()
-    first = seed = arguments.first | DISK * arguments.disk
+    first = seed = arguments.first | DISK * arguments.disk | SHARED * arguments.arena
     end = first + arguments.seeds if arguments.seeds else 2**62
     while seed < end and (not arguments.minutes or time.monotonic() - began < arguments.minutes * 60):
         try:
