@@ -314,9 +314,9 @@ class FabricCore:
             self._part_from(peer)
 
     def _on_reader_gone(self, event: sharing.ReaderGone) -> None:
-        """Its slots are free, and it need not be suspected first."""
+        """Its slots are free. It need not be suspected first, but its goodbye may still be on its way."""
         self.publishing.leases.on_gone(event)
-        self._on_peer_died(events.PeerDied(event.name, event.incarnation))
+        self.members.on_ended(event.name, event.incarnation)
 
     def _part_from(self, peer: Peer) -> None:
         self.publishing.forget(peer.name)

@@ -14,6 +14,8 @@ from fabric.core.wire import VERSION, Control, Drop, Kind, encode_control, membe
 __all__ = ["Context", "Members", "Peer", "card_fields", "card_of"]
 
 MS, S = 1_000_000, 1_000_000_000
+GOODBYE_NS = 500 * MS
+"""So long the last words of a process may be on their way when it has ended."""
 HELLO_FIRST_NS, HELLO_MAX_NS = 20 * MS, 1 * S
 
 MEMBERS_MAX = 1024
@@ -72,6 +74,7 @@ class Peer:
         "bulk_heard_ns",
         "card",
         "data_heard_ns",
+        "ended_ns",
         "greeted_us",
         "heard_ns",
         "hello",
@@ -94,7 +97,7 @@ class Peer:
         """Whether we heard its HELLO, and so know what it subscribes to."""
         self.heard_ns = self.data_heard_ns = now
         self.bulk_heard_ns = 0
-        self.told_ns = self.probed_ns = 0
+        self.told_ns = self.probed_ns = self.ended_ns = 0
         self.hello = Retry.beyond(HELLO_FIRST_NS, HELLO_MAX_NS, now)
 
     @property
@@ -251,6 +254,13 @@ class Members:
             if not peer.greeted_us:
                 self._change(peer, "joined")
 
+    def on_ended(self, name: str, incarnation: int) -> None:
+        """The process of this life has ended. What it sent before may still arrive; then it is found dead."""
+        peer = self.by_name.get(name)
+        if peer is not None and peer.incarnation == incarnation and not peer.is_gone:
+            peer.ended_ns = self._context.now
+            self._context.wake_by(peer.ended_ns + GOODBYE_NS)
+
     def leave(self, peer: Peer, state: str) -> None:
         """The peer said goodbye ("left") or is proven dead ("dead")."""
         if not peer.is_gone:
@@ -281,13 +291,16 @@ class Members:
             self._change(peer, "suspect")
         # One that is known and never greeted us may have died, too, and its feeds may have been named to us before.
         silent = silence > liveness.suspect_s * S or peer.state in ("suspect", "down")
+        silent = silent or bool(peer.ended_ns and now - peer.ended_ns >= GOODBYE_NS)
         if silent and peer.card.host == self._context.card.host and now - peer.probed_ns > S:
             peer.probed_ns = now
             self._context.emit(ProbePeer(peer.card))
 
     def next_deadline_ns(self) -> int | None:
         """When a HELLO is due next."""
-        dues = [peer.hello.due_ns for peer in self.others() if not peer.has_met and not peer.is_gone]
+        living = [peer for peer in self.others() if not peer.is_gone]
+        dues = [peer.hello.due_ns for peer in living if not peer.has_met]
+        dues += [max(peer.ended_ns + GOODBYE_NS, peer.probed_ns + S + 1) for peer in living if peer.ended_ns]
         return min(dues, default=None)
 
 

@@ -126,8 +126,8 @@ def test_values_are_looked_at_where_they_lie_and_slots_are_used_again(tmp_path: 
     with writing(tmp_path) as (fabric, publisher, reader):
         exchange(publisher, reader, range(3))  # which are fetched: the lease is on its way
         said = exchange(publisher, reader, range(3, 103))
-        assert said["mapped"] >= 90
-        assert count(fabric, "arena_reused") >= 50
+        assert said["mapped"] >= 50
+        assert count(fabric, "arena_reused") >= 30
         assert count(fabric, "arena_bytes_committed") <= SMALL.arena.bytes_max
         publisher.flush(timeout_s=20)
 
