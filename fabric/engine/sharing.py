@@ -125,6 +125,7 @@ class Sharing(NoSharing):
         self._keys: dict[str, str] = {}
         """Under which key each peer's arena is mapped: that of its current life."""
         self._poll_ns = 0
+        self._complained = False
         self._commands: dict[type, Callable[[Any], None]] = {
             ReadSlot: self._read,
             FreeSlots: self._free,
@@ -145,11 +146,20 @@ class Sharing(NoSharing):
             return None
         slot = self._arena.take(size)
         if slot is None:
+            self._complain()
             return None
         out = self._engine.core.publishing.by_id[feed]
         names = {name for name, _ in lives}
         nobody_else = all(name in names for name, _ in [*list(out.readers), *list(out.listeners)])
         return slot, SAMPLE_BLOCKS if nobody_else and self._verify is not Verify.ALWAYS else 0
+
+    def _complain(self) -> None:
+        """Once: a full arena is no news, but the system should have had memory for us."""
+        if not self._complained and self._arena.statistics()["fallback_no_memory"]:
+            self._complained = True
+            log.warning(
+                "%s gets no more shared memory from the system: large values travel by socket", self._engine.card.name
+            )
 
     def note(self, feed: int, offset: int, place: Place, size: int) -> None:
         """The value of this record lies there."""

@@ -278,10 +278,10 @@ class Game:
         ]
 
     def is_looked_at(self, life: tuple[str, int], feed: int, offset: int) -> bool:
-        """Whether this life looks at a slot, or is a zombie, which may."""
+        """Whether this life looks at a slot; a zombie may, and so may the process of a life that is over."""
         engine = self.world.history.lives[life].engine
         if engine is None:
-            return False
+            return self.world.lingers(*life)
         hold = engine.core.following.holding._holds.get(feed)
         is_zombie = any(fabric._engine is engine for _, fabric in self.zombies)
         return is_zombie or (hold is not None and offset in hold.views)
