@@ -287,8 +287,9 @@ class SocketHandover:
                 os.close(pidfd)
             return self._turn_away("refused_descriptors")
         connection.setblocking(False)
-        self._connections[connection.fileno()] = _Connection(connection, pid, pidfd)
+        self._connections[connection.fileno()] = taken = _Connection(connection, pid, pidfd)
         self._epoll.register(connection, select.EPOLLIN)
+        self._hear(taken)  # its greeting is there already
         return True
 
     def _turn_away(self, reason: str) -> bool:

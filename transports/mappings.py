@@ -6,7 +6,7 @@ import os
 import socket
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import numpy as np
 
@@ -36,6 +36,8 @@ Room = np.ndarray[Any, Any]
 
 DESCRIPTORS_A_PACKET_MAX: Final = 8
 """Descriptors of one packet that are taken in, to be closed: one is all that belongs there."""
+PACKETS_A_TURN: Final = 64
+"""Packets of one writer that are read before the others have their turn."""
 _BYTE: Final = np.dtype(np.uint8)
 
 
@@ -49,10 +51,17 @@ class _Reference(weakref.ref[Room]):
     segment: Segment
 
 
+class Connection(Protocol):
+    """To the arena of a peer: a socket, or what a simulated world has instead."""
+
+    def send(self, packet: bytes, /) -> int: ...
+    def close(self) -> None: ...
+
+
 class Writer:
     """One peer whose arena is mapped."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.segments: dict[int, Segment] = {}
 
@@ -74,7 +83,10 @@ class Mappings(OneProcess):
         """Connect to the arena at `address`; False if there is none that is ours to read."""
         self._check()
         self.disconnect(peer)
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        except OSError:
+            return False
         try:
             if not is_within_share(connection.fileno()):
                 raise OSError("too few descriptors are left")
@@ -143,18 +155,21 @@ class Mappings(OneProcess):
         for writer in self._writers.values():
             self._hear(writer)
             for segment in [segment for segment in writer.segments.values() if segment.dropped and not segment.views]:
-                del writer.segments[segment.number]
                 try:
                     writer.connection.send(pack_packet(Kind.GONE, segment.layout))
+                except BlockingIOError:
+                    break  # told with the next `listen`
                 except OSError:
-                    segment.dropped = True  # told with the next `listen`, if anybody hears it
-                    writer.segments[segment.number] = segment
+                    pass  # nobody is there to be told
+                del writer.segments[segment.number]
 
     def _hear(self, writer: Writer) -> None:
-        while True:
+        for _ in range(PACKETS_A_TURN):
+            connection = writer.connection
+            assert isinstance(connection, socket.socket)
             try:
                 packet, descriptors, flags, _ = socket.recv_fds(
-                    writer.connection, PACKET_BYTES_MAX, DESCRIPTORS_A_PACKET_MAX, socket.MSG_CMSG_CLOEXEC
+                    connection, PACKET_BYTES_MAX, DESCRIPTORS_A_PACKET_MAX, socket.MSG_CMSG_CLOEXEC
                 )
             except OSError:
                 return

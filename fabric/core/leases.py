@@ -53,6 +53,8 @@ class Leases:
         self._needs: dict[int, dict[Life, _Needs]] = {}
         self._forgotten: dict[int, dict[int, int]] = {}
         """Of each feed the offsets, with their bytes, that retention let go of and some reader needs."""
+        self._dead: dict[str, int] = {}
+        """The newest life of each reader that is proven dead: what it said may come after the proof."""
         self._refused: set[Life] = set()
         self._recall_ns = 0
         """When readers are asked again; 0 while nothing waits for them."""
@@ -62,6 +64,8 @@ class Leases:
     def on_holds(self, peer: Peer, rows: Iterable[tuple[int, int, bool, int, list[tuple[int, int]]]]) -> None:
         """A reader says what it needs; if it asks, it is told that we wait for it from now on."""
         life = peer.name, peer.incarnation
+        if peer.incarnation <= self._dead.get(peer.name, -1):
+            return
         leased = []
         for feed, serial, asks, floor, held in rows:
             if feed not in self._by_id:
@@ -98,6 +102,7 @@ class Leases:
     def on_gone(self, event: ReaderGone) -> None:
         """This process is proven dead."""
         life = event.name, event.incarnation
+        self._dead[event.name] = max(event.incarnation, self._dead.get(event.name, -1))
         self._refused.discard(life)
         for feed, readers in self._needs.items():
             if readers.pop(life, None) is not None:

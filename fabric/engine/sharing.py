@@ -167,7 +167,9 @@ class Sharing(NoSharing):
         self._engine.submit(SlotsWanted(size))
         if not self._warned and self._arena.statistics()["fallback_no_memory"]:
             self._warned = True
-            log.warning("there is no shared memory left on this host: large values go by socket where it is short")
+            log.warning(
+                "%s gets no more shared memory from the system: large values travel by socket", self._engine.card.name
+            )
 
     def note(self, feed: int, offset: int, place: Place, size: int) -> None:
         """The value of this record lies there."""

@@ -319,6 +319,10 @@ class World:
         if exits:
             self.vanish(fabric.name)
 
+    def lingers(self, name: str, incarnation: int) -> bool:
+        """Whether this life is over, and its process is not."""
+        return any(card.incarnation == incarnation for card in self._lingering.get(name, ()))
+
     def vanish(self, name: str) -> None:
         """The process of a member that was stopped without its end does end."""
         for card in self._lingering.pop(name, ()):

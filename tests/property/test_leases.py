@@ -68,6 +68,8 @@ class Game:
         self.slots: set[tuple[int, int]] = set()
         """Not reused yet."""
         self.lives = [Reader(1, self.config)]
+        self.dead: Reader | None = None
+        """The last that died, of which frames may still be under way."""
         self.links: dict[str, deque[Any]] = {"a": deque(), "b": deque()}
         self.loss = self.rng.choice([0.0, 0.2, 0.6])
         self.disorder = self.rng.choice([0.0, 0.5])
@@ -105,7 +107,7 @@ class Game:
                 if self.rng.random() < self.disorder:
                     link.rotate(self.rng.randint(0, len(link)))
                 sender, message = link.popleft()
-                if name == "a" and sender is self.reader:  # of another life nothing is taken any more
+                if name == "a" and sender in (self.reader, self.dead):  # of another life nothing is taken any more
                     peer = Peer(sender.context.card, self.now)
                     self.leases.on_holds(peer, *message.fields)
                 elif name == "b" and message.kind is Kind.LEASED:
@@ -184,6 +186,7 @@ class Game:
             life.views.clear()
             self.leases.on_gone(ReaderGone("b", life.context.incarnation))
         self.links["b"].clear()
+        self.dead = self.reader
         self.lives = [Reader(self.reader.context.incarnation + 1000, self.config)]
 
     def tick(self, *ms: int) -> None:

@@ -24,6 +24,7 @@ from fabric.message import Message, Request
 from fabric.subscription import Subscription
 from fabric.testing import Checker, Violation, World
 from tests.simulation.draw import Options, Profile, Topic, draw
+from tests.simulation.slots import unfreed
 
 REST_S = 90.0
 """A fabric without faults is at rest by then; most are within a second. Proofs of death take the longest."""
@@ -263,28 +264,8 @@ class Game:
     def restless(self) -> list[str]:
         """What is not at rest yet."""
         left = self.strangers() + self.checker.unsettled() + self.stragglers() or self.checker.unheard()
-        return left or self.unfreed()
-
-    def unfreed(self) -> list[str]:
-        """Slots that retention let go of, and nobody has said that he looks at them no more."""
-        engines = [player.fabric._engine for player in self.players if player.fabric is not None]
-        return [
-            f"{engine.card.name} waits for {life} with slot {offset} of {feed}"
-            for engine in engines
-            for feed, slots in engine.core.publishing.leases._forgotten.items()
-            for life, needs in engine.core.publishing.leases._needs[feed].items()
-            for offset in slots
-            if needs.include(offset) and not self.is_looked_at(life, feed, offset)
-        ]
-
-    def is_looked_at(self, life: tuple[str, int], feed: int, offset: int) -> bool:
-        """Whether this life looks at a slot, or is a zombie, which may."""
-        engine = self.world.history.lives[life].engine
-        if engine is None:
-            return False
-        hold = engine.core.following.holding._holds.get(feed)
-        is_zombie = any(fabric._engine is engine for _, fabric in self.zombies)
-        return is_zombie or (hold is not None and offset in hold.views)
+        lives = [player.fabric._engine for player in self.players if player.fabric is not None]
+        return left or list(unfreed(self.world, lives, [fabric._engine for _, fabric in self.zombies]))
 
     def look(self) -> None:
         """All applications look at what they kept."""

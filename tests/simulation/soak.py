@@ -18,6 +18,7 @@ import traceback
 from collections import Counter
 
 from fabric.testing import Violation
+from tests.simulation.arena_variants import ARENA_VARIANTS
 from tests.simulation.book_variants import BOOK_VARIANTS
 from tests.simulation.draw import DISK, SHARED
 from tests.simulation.play import play
@@ -30,7 +31,7 @@ VARIANT_REST_S = 20.0
 def hunt(first: int, seeds: int, wanted: int, names: list[str]) -> int:
     """For each broken variant, the first seeds that catch it. Returns 1 if one got away."""
     got_away = 0
-    variants = VARIANTS | BOOK_VARIANTS
+    variants = ARENA_VARIANTS if first & SHARED else VARIANTS | BOOK_VARIANTS
     for name in names or list(variants):
         found: list[str] = []
         kinds, tried, began = Counter[str](), 0, time.monotonic()
@@ -72,10 +73,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="of variants")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    if arguments.variants:
-        return hunt(arguments.first, arguments.seeds or 500, arguments.wanted, arguments.names)
-    began, failed, counts = time.monotonic(), Counter[str](), Counter[str]()
     first = seed = arguments.first | DISK * arguments.disk | SHARED * arguments.arena
+    if arguments.variants:
+        return hunt(first, arguments.seeds or 500, arguments.wanted, arguments.names)
+    began, failed, counts = time.monotonic(), Counter[str](), Counter[str]()
     end = first + arguments.seeds if arguments.seeds else 2**62
     while seed < end and (not arguments.minutes or time.monotonic() - began < arguments.minutes * 60):
         try:
