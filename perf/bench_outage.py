@@ -206,6 +206,7 @@ def run(arguments: argparse.Namespace) -> Report:
     seconds = 4.0 if arguments.quick else 30.0
     told = outage(seconds)
     case = f"{seconds:.0f} s, 4 KiB at 20,000/s"
+    bounds = [Budget(30, peer="", at_most=True)]
     level = Row(
         "outage", f"{case}: level after", "s", {"fabric": [told["level_s"]]}, [Budget(30, peer="", at_most=True)]
     )

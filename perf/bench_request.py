@@ -1,5 +1,6 @@
-"""How long does a round trip of 256 bytes take, when the responder waits in `serve()`? And beside a thread on each side that computes
-in pure Python?
+"""How long does a round trip of 256 bytes take, when the responder waits in `serve()`?
+
+Alone, and beside a thread on each side that computes in pure Python.
 
 Envelope: two wake-ups (a thread sleeping in epoll, 5-20 us each), two sends, two receives. Raw pyzmq: about 50 us on a
 quiet machine and twice that on a loaded one, nearly all of it wake-ups of its IO threads.

@@ -23,4 +23,4 @@ def enter(*, rank: int, world_size: int, meeting: Path, link: str = "ipc", handl
         # Four of the largest tensors, as many as the raw peer's high-water mark lets in.
         retention=Retention(owed_bytes_max=1 << 30),
     )
-    return join(config, rank=rank, world_size=world_size, rendezvous=f"file://{meeting}", job="perf")
+    return join(config, rank=rank, world_size=world_size, rendezvous=f"file://{meeting}")

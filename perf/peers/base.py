@@ -19,19 +19,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "HEADER",
-    "MEET_TIMEOUT_S",
-    "Answerer",
-    "Array",
-    "Caller",
-    "Place",
-    "Reader",
-    "Writer",
-    "await_file",
-    "serve",
-]
-
 HEADER = struct.Struct("<QQ")
 """Seed and sequence."""
 MEET_TIMEOUT_S = 30.0

@@ -8,7 +8,8 @@ second way, `safe`, that gives two of the fabric's promises too: a snapshot is s
 Settings: PUSH/PULL and PUB/SUB were both tried for records and the faster stays (PUB/SUB needs an unbounded high-water
 mark, or it drops); to several readers PUB/SUB, arrays of it with XPUB_NODROP and a mark of 64, so that what a slow
 reader leaves does not fill the memory and nothing drops. `copy=False` from 64 KiB on, where it pays; received arrays
-are views of their frames, since `recv_into` copies each once more, out of libzmq's own memory. SNDBUF and RCVBUF are left to the kernel: over tcp it tunes them itself, over ipc libzmq does not apply them. One IO thread, as we have.
+are views of their frames, since `recv_into` copies each once more, out of libzmq's own memory. SNDBUF and RCVBUF are
+left to the kernel: over tcp it tunes them itself, over ipc libzmq does not apply them. One IO thread, as we have.
 """
 
 from __future__ import annotations
