@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> Report:
     contestants = cast(arguments, report, LIBRARIES, SIDES, "arrays", writers=PRODUCERS, size_max=max(ROUND))
     with teams(contestants, report.skipped) as players:
         for size, each in ROUND.items():
-            n = each // 8 if arguments.quick else each
+            n = each // 16 if arguments.quick else each
             job = {"n": n, "size": size, "seeds": SEEDS}
             answers = compete(players, job, rounds=arguments.rounds, skipped=report.skipped)
             rates = measured(answers, lambda seen, n=n: n * PRODUCERS / span_s(seen))  # type: ignore[misc]

@@ -1,8 +1,9 @@
 """What does it cost to be there: set-up, footprint, and a mesh that idles?
 
-So many members, a process each, all connected to all: milliseconds from the call to the last that is ready, and for each
-member the resident memory over its imports, file descriptors and threads; then the processor time that one takes while
-nothing happens, in per cent of a core. The raw mesh is a PUB and a SUB for each member, as one would write by hand.
+So many members, a process each, all connected to all: milliseconds from the call to the last that is ready, and for
+each member the resident memory over its imports, file descriptors and threads; then the processor time that one takes
+while nothing happens, in per cent of a core. The raw mesh is a PUB and a SUB for each member, as one would write by
+hand.
 
 Envelope: on two cores 32 processes that meet take turns; what a member does for each other one counts 32 x 31 times.
 """

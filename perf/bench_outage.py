@@ -207,9 +207,7 @@ def run(arguments: argparse.Namespace) -> Report:
     told = outage(seconds)
     case = f"{seconds:.0f} s, 4 KiB at 20,000/s"
     bounds = [Budget(30, peer="", at_most=True)]
-    level = Row(
-        "outage", f"{case}: level after", "s", {"fabric": [told["level_s"]]}, [Budget(30, peer="", at_most=True)]
-    )
+    level = Row("outage", f"{case}: level after", "s", {"fabric": [told["level_s"]]}, bounds)
     level.notes["fabric"] = told
     drain = Row("outage", f"{case}: drain rate", "MB/s", {"fabric": [told["drained"] / 1e6]})
     blocked = Row("outage", f"{case}: longest publish", "ms", {"fabric": [told["longest_ms"]]})

@@ -124,6 +124,8 @@ STYLES = {
     "redis stream": {"style": "stream"},
 }
 """Options of a library's second and third way."""
+LOSES = "loses records once its buffer is full, though its writer is set to retry until delivered (0.10.0)"
+"""Why iceoryx2 takes no part where records come as fast as they can."""
 ESSENTIAL = ("fabric", "raw")
 """They break a benchmark; the others are left out."""
 
