@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> Report:
     with teams(cast(arguments, report, LIBRARIES, SIDES, "requests"), report.skipped) as players:
         for busy in (False, True):
             # A busy thread lets the interpreter's lock go every 5 ms at most, on both sides.
-            job = {"n": n // 20 if busy else n, "size": SIZE, "busy": busy}
+            job = {"n": n // 60 if busy else n, "size": SIZE, "busy": busy}
             answers = compete(players, job, rounds=arguments.rounds, skipped=report.skipped)
             seen = measured(answers, lambda sides: median(sides[0]["round_trips_ns"]) / 1e3)
             tails = measured(answers, lambda sides: quantiles(sides[0]["round_trips_ns"], n=100)[98] / 1e3)
