@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.stamp
+PEERS := .venv/.peers
 SOAK ?= --minutes 10
 TESTS ?=
 
@@ -40,8 +41,11 @@ format: $(STAMP)  ## mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## one table: the fabric beside raw pyzmq
-	$(BIN)/python -m perf
+$(PEERS): $(STAMP)
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]' && touch $@ || echo "bench: peers that are missing are skipped"
+
+bench: $(STAMP) $(PEERS)  ## one table: the fabric beside other libraries; perf/results/ has it afterwards
+	$(BIN)/python -m perf --out perf/results/latest.json
 
 soak: $(STAMP)  ## the simulation with many new seeds, SOAK="--minutes 60", the model, and 200 rounds of killed processes
 	$(BIN)/python -m tests.simulation.soak $(SOAK)

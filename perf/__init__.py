@@ -1,1 +1,1 @@
-"""Benchmarks: one script a question, each beside raw pyzmq doing the same work in the same run."""
+"""Benchmarks: one script a question, each beside other libraries doing the same work in the same run."""

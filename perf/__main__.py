@@ -11,15 +11,22 @@ import sys
 from perf import (
     bench_demo,
     bench_durable,
+    bench_fanin,
+    bench_fanout,
+    bench_latency,
+    bench_mesh,
     bench_outage,
+    bench_publish,
     bench_records,
     bench_request,
     bench_spill,
     bench_tensors,
     bench_topics,
     bench_train_step,
+    bench_weights,
 )
-from perf.harness import Report, main
+from perf.harness import main
+from perf.report import Report
 
 
 def run(arguments: argparse.Namespace) -> Report:
@@ -29,6 +36,12 @@ def run(arguments: argparse.Namespace) -> Report:
         bench_records,
         bench_tensors,
         bench_request,
+        bench_publish,
+        bench_weights,
+        bench_latency,
+        bench_fanin,
+        bench_fanout,
+        bench_mesh,
         bench_train_step,
         bench_demo,
         bench_topics,
@@ -42,8 +55,7 @@ def run(arguments: argparse.Namespace) -> Report:
         except RuntimeError as error:
             whole.broken.append(f"{bench.__name__}: {error}")
             continue
-        whole.rows += report.rows
-        whole.fits |= report.fits
+        whole.add(report)
     return whole
 
 

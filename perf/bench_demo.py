@@ -17,9 +17,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from perf.harness import Answers, Budget, Contestant, Report, Row, compete, main, measured, teams
+from perf.harness import Answers, Contestant, compete, main, measured, teams
 from perf.members import enter
-from perf.raw import RawMesh
+from perf.peers.pyzmq_work import RawMesh
+from perf.report import Budget, Report, Row
 
 RANKS, BATCH = 2, 32
 
@@ -126,7 +127,7 @@ def run(arguments: argparse.Namespace) -> Report:
         return mean(rank["calls_us"] for rank in ranks)
 
     row = Row(
-        "demo", "calls of a step, two ranks", "us", measured(answers, calls_us), Budget(150, peer="", at_most=True)
+        "demo", "calls of a step, two ranks", "us", measured(answers, calls_us), [Budget(150, peer="", at_most=True)]
     )
     for name, rounds in answers.items():
         row.notes[name] = {"step_us": mean(rank["step_us"] for ranks in rounds for rank in ranks)}

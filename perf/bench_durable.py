@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from fabric.config import BURST_BYTES_MAX, KIB, MIB
-from perf.harness import Contestant, Report, Row, compete, main, measured, teams
+from perf.harness import Contestant, compete, main, measured, teams
+from perf.report import Report, Row
 
 SINGLE = (("process", 1, 4_000), ("process", 8, 16_000), ("power", 1, 600), ("power", 8, 3_200))
 """How durable, so many threads, and records of all of them in a round."""

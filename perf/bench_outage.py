@@ -27,7 +27,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from perf.harness import Budget, Report, Row, main
+from perf.harness import main
+from perf.report import Budget, Report, Row
 
 RECORD, RATE, LANES = 4096, 20_000, 8
 LEVEL_S, BEFORE_S, AFTER_S, GIVE_UP_S = 0.2, 4.0, 3.0, 120.0
@@ -205,7 +206,8 @@ def run(arguments: argparse.Namespace) -> Report:
     seconds = 4.0 if arguments.quick else 30.0
     told = outage(seconds)
     case = f"{seconds:.0f} s, 4 KiB at 20,000/s"
-    level = Row("outage", f"{case}: level after", "s", {"fabric": [told["level_s"]]}, Budget(30, peer="", at_most=True))
+    bounds = [Budget(30, peer="", at_most=True)]
+    level = Row("outage", f"{case}: level after", "s", {"fabric": [told["level_s"]]}, bounds)
     level.notes["fabric"] = told
     drain = Row("outage", f"{case}: drain rate", "MB/s", {"fabric": [told["drained"] / 1e6]})
     blocked = Row("outage", f"{case}: longest publish", "ms", {"fabric": [told["longest_ms"]]})

@@ -1,12 +1,13 @@
-"""How many 256-byte records a second arrive, in order, from one process in another?
+"""How many small records a second arrive, in order, from one process in another, and from eight?
 
-Published one by one and received by iteration; and `publish_many` / `receive_many`. 64 seeds, `reliable`.
+Published one by one and received by iteration; and `publish_many` / `receive_many`. 64 seeds, `reliable`. Eight
+senders have 8 seeds each.
 
 Envelope: on two cores two Python threads and two IO threads share the work. Raw pyzmq spends about 1 us a record on
 each side, of which most is one `send` and one `recv`; whoever joins records into bursts pays that once a burst, and is
 then bound by what Python does for one record, a few tenths of a microsecond on each side.
 
-`batched` is raw pyzmq with 256 records joined by hand in one frame: no topic, no repair, but the rate to dream of.
+`joined` is raw pyzmq with 256 records joined by hand in one frame: no topic, no repair, but the rate to dream of.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from perf.harness import Budget, Contestant, Report, Row, compete, main, measured, span_s, teams
+from perf.harness import Answers, Contestant, compete, cpu_s, main, measured, span_s, teams
 from perf.members import enter
-from perf.raw import BLOCK, RECORD_BYTES
+from perf.peers import LOSES, cast
+from perf.peers.pyzmq_work import BLOCK
+from perf.report import Budget, Report, Row
 
 SEEDS = 64
 MANY = 1024
@@ -36,8 +39,8 @@ class FabricSender:
         self.publisher = self.fabric.publisher("perf.records", when_full="block")
         self.publisher.wait_for_subscribers(1, timeout_s=30)
 
-    def run(self, *, n: int, seeds: int) -> dict[str, Any]:
-        value = b"x" * RECORD_BYTES
+    def run(self, *, n: int, size: int, seeds: int) -> dict[str, Any]:
+        value = b"x" * size
         start = time.monotonic_ns()
         if self.many:
             values, block = [value] * MANY, [position % seeds for position in range(MANY)]
@@ -66,32 +69,32 @@ class FabricReceiver:
         self.fabric = enter(rank=self.rank, world_size=2, meeting=self.meeting)
         self.inbox = self.fabric.subscribe("perf.records")
 
-    def run(self, *, n: int, seeds: int) -> dict[str, Any]:
+    def run(self, *, n: int, size: int, seeds: int) -> dict[str, Any]:
         for seed in range(seeds):
             self.expected.setdefault(seed, 0)
-        (self._many if self.many else self._one_by_one)(n)
+        (self._many if self.many else self._one_by_one)(n, size)
         end = time.monotonic_ns()
         # Handled means: the next call. Without it the sender's flush would wait for the last message.
         self.inbox.drain()
-        return {"end_ns": end}
+        return {"end_ns": end, "n": n}
 
-    def _one_by_one(self, n: int) -> None:
+    def _one_by_one(self, n: int, size: int) -> None:
         expected, left = self.expected, n
         for message in self.inbox:
             seed = message.seed
-            if message.sequence != expected[seed] or len(message.value) != RECORD_BYTES:
+            if message.sequence != expected[seed] or len(message.value) != size:
                 raise ValueError(f"seed {seed}: expected {expected[seed]}, got {message.sequence}")
             expected[seed] += 1
             left -= 1
             if not left:
                 break
 
-    def _many(self, n: int) -> None:
+    def _many(self, n: int, size: int) -> None:
         expected, left = self.expected, n
         while left:
             for message in self.inbox.receive_many(min(MANY, left), timeout_s=30):
                 seed = message.seed
-                if message.sequence != expected[seed] or len(message.value) != RECORD_BYTES:
+                if message.sequence != expected[seed] or len(message.value) != size:
                     raise ValueError(f"seed {seed}: expected {expected[seed]}, got {message.sequence}")
                 expected[seed] += 1
                 left -= 1
@@ -100,9 +103,18 @@ class FabricReceiver:
         self.fabric.close()
 
 
-def _raw(style: str) -> Contestant:
-    name = "batched" if style == "batched" else f"raw {style}"
-    return Contestant(name, ("perf.raw:RecordSender", "perf.raw:RecordReceiver"), {"style": style})
+LIBRARIES = ("raw", "raw pub", "zenoh", "torch queue", "nats", "redis", "redis stream")
+SIDES = ("perf.sides:RecordSender", "perf.sides:RecordReceiver")
+JOINED = Contestant("joined", ("perf.peers.pyzmq_work:JoinedSender", "perf.peers.pyzmq_work:JoinedReceiver"))
+BUDGETS = {
+    "one by one": [Budget(1.5), Budget(None, 1.3, peer="zenoh")],
+    "many": [Budget(2.5), Budget(1.3, 2, peer="zenoh")],
+}
+
+
+def rate(answers: Answers) -> float:
+    """Records a second."""
+    return float(max(answer.get("n", 0) for answer in answers)) / span_s(answers)
 
 
 def _ours(many: bool) -> Contestant:
@@ -110,28 +122,52 @@ def _ours(many: bool) -> Contestant:
     return Contestant("fabric many" if many else "fabric one", sides, {"many": many})
 
 
-def _rows(seen: dict[str, list[float]]) -> list[Row]:
+def _rows(size: int, seen: dict[str, list[float]], cpu_us: dict[str, float]) -> list[Row]:
     """The faster style of raw pyzmq becomes `raw`."""
-    best = max(("raw push", "raw pub"), key=lambda name: median(seen[name]))
+    best = max((name for name in ("raw", "raw pub") if name in seen), key=lambda name: median(seen[name]), default="")
     rows = []
-    for case, ours, must, aim in (("one by one", "fabric one", 1.5, None), ("many", "fabric many", 2.5, None)):
+    for case, ours in (("one by one", "fabric one"), ("many", "fabric many")):
         values: dict[str, list[float]] = {"fabric": seen[ours]} if ours in seen else {}
-        values |= {"raw": seen[best]} | {name: rates for name, rates in seen.items() if not name.startswith("fabric")}
-        values.pop(best)
-        row = Row("records", f"256 B, 64 seeds, {case}", "records/s", values, Budget(must, aim))
-        row.notes["raw"] = best
+        values |= {"raw": seen[best]} if best else {}
+        values |= {name: rates for name, rates in seen.items() if not name.startswith(("fabric", "raw"))}
+        budgets = BUDGETS[case] if size == 256 else []
+        row = Row("records", f"{size} B, 64 seeds, {case}", "records/s", values, budgets, axes={"bytes": size})
+        row.notes = {"raw": best, "cpu_us": cpu_us}
         rows.append(row)
     return rows
 
 
-def run(arguments: argparse.Namespace) -> Report:
-    n = BLOCK * (100 if arguments.quick else 1200)
-    contestants: Sequence[Contestant] = [_raw("push"), _raw("pub"), _raw("batched")]
-    if not arguments.raw_only:
+def _one_to_one(arguments: argparse.Namespace, report: Report, sizes: Sequence[int]) -> None:
+    contestants = cast(arguments, report, LIBRARIES, SIDES, "records")
+    if not arguments.only or "raw" in arguments.only.split(","):
+        contestants.append(JOINED)
+    if not arguments.raw_only and (not arguments.only or "fabric" in arguments.only.split(",")):
         contestants = [_ours(many=False), _ours(many=True), *contestants]
-    with teams(contestants) as players:
-        answers = compete(players, {"n": n, "seeds": SEEDS}, rounds=arguments.rounds)
-    return Report(_rows(measured(answers, lambda sides: n / span_s(sides))))
+    for size in sizes:
+        n = BLOCK * (100 if arguments.quick else 1200 if size == 256 else 400)
+        with teams(contestants, report.skipped) as players:
+            job = {"n": n, "size": size, "seeds": SEEDS}
+            answers = compete(players, job, rounds=arguments.rounds, skipped=report.skipped)
+        cost = measured(answers, lambda sides: cpu_s(sides) * 1e6 / max(side.get("n", 0) for side in sides))
+        report.rows += _rows(size, measured(answers, rate), {name: median(each) for name, each in cost.items()})
+
+
+def _eight_to_one(arguments: argparse.Namespace, report: Report) -> None:
+    sides = (SIDES[0],) * 8 + (SIDES[1],)
+    libraries = ("fabric", "raw", "zenoh", "nats", "redis")
+    n = BLOCK * (10 if arguments.quick else 100)
+    with teams(cast(arguments, report, libraries, sides, "records", writers=8), report.skipped) as players:
+        job = {"n": n, "size": 256, "seeds": 8}
+        answers = compete(players, job, rounds=arguments.rounds, skipped=report.skipped)
+    report.rows.append(Row("records", "256 B, 8 senders to one", "records/s", measured(answers, rate)))
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    report = Report(skipped={"iceoryx2, floods of records": LOSES})
+    _one_to_one(arguments, report, [256] if arguments.quick else [64, 256, 1024])
+    if not arguments.quick:
+        _eight_to_one(arguments, report)
+    return report
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fabric.config import GIB, KIB, MIB, Spill
-from perf.harness import Budget, Contestant, Report, Row, compete, main, measured, teams
+from perf.harness import Contestant, compete, main, measured, teams
+from perf.report import Budget, Report, Row
 
 if TYPE_CHECKING:
     from fabric import Message
@@ -169,7 +170,7 @@ def run(arguments: argparse.Namespace) -> Report:
             rates = measured(answers, lambda seen, n=n: n / seen[0]["took_s"])  # type: ignore[misc]
             budget = Budget(0.8, peer="plain") if size == MIB else Budget(200_000, peer="")
             case = f"append of {size // KIB} KiB entries, {group} a group"
-            report.rows.append(Row("spill", case, "entries/s", rates, budget))
+            report.rows.append(Row("spill", case, "entries/s", rates, [budget]))
     if not arguments.raw_only:
         bury(arguments, report)
     return report

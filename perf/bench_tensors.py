@@ -6,20 +6,18 @@ which takes the sizes up to 16 MiB: beyond, every buffer is made of new pages, a
 Envelope: a socket copies twice in the kernel (in and out) and the receiver's buffer is touched for the first time by
 the copy out: 3-4 GB/s while it stays in the caches, about 1.3 GB/s where every page is new. The fabric's publish
 takes a snapshot first, at memcpy speed (12-17 GB/s): a tenth to a quarter of the time that raw pyzmq does not spend.
+`cold` is the first message of that size between two fresh processes, one sample.
 `raw safe` is raw pyzmq that sends a summed snapshot and verifies the sum: what these two promises cost without us.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from pathlib import Path
 from statistics import median
-from typing import Any
 
-from perf.harness import Budget, Contestant, Report, Row, compete, fit_two_terms, main, measured, span_s, teams
-from perf.members import enter
-from perf.raw import check_tensor, tensor_sources
+from perf.harness import Contestant, compete, cpu_s, main, measured, span_s, teams
+from perf.peers import cast
+from perf.report import Budget, Report, Row, fit_two_terms
 
 KIB, MIB = 1 << 10, 1 << 20
 ROUND_BYTES = {
@@ -35,80 +33,51 @@ ROUND_BYTES = {
 FIT_BYTES_MAX = 16 * MIB
 
 
-class FabricSender:
-    def __init__(self, *, rank: int, meeting: Path, link: str) -> None:
-        self.rank, self.meeting, self.link = rank, meeting, link
-
-    def open(self) -> None:
-        self.fabric = enter(rank=self.rank, world_size=2, meeting=self.meeting, link=self.link)
-        self.publisher = self.fabric.publisher("perf.tensors", when_full="block")
-        self.publisher.wait_for_subscribers(1, timeout_s=30)
-        self.sources: list[Any] = []
-
-    def run(self, *, n: int, size: int) -> dict[str, Any]:
-        if not self.sources or self.sources[0].nbytes != size:
-            self.sources = tensor_sources(size)
-        start = time.monotonic_ns()
-        for position in range(n):
-            self.publisher.publish(self.sources[position % 2])
-        self.publisher.flush(timeout_s=120)
-        return {"start_ns": start}
-
-    def close(self) -> None:
-        self.fabric.close()
+LIBRARIES = {
+    "ipc": ("fabric", "raw", "raw safe", "zenoh", "iceoryx2", "gloo", "torch rpc", "torch queue", "memcpy"),
+    "tcp": ("fabric", "raw", "raw safe", "zenoh", "gloo", "torch rpc"),
+}
+SIDES = ("perf.sides:ArraySender", "perf.sides:ArrayReceiver")
 
 
-class FabricReceiver:
-    def __init__(self, *, rank: int, meeting: Path, link: str) -> None:
-        self.rank, self.meeting, self.link = rank, meeting, link
-        self.sequence = 0
-
-    def open(self) -> None:
-        self.fabric = enter(rank=self.rank, world_size=2, meeting=self.meeting, link=self.link)
-        self.inbox = self.fabric.subscribe("perf.tensors")
-
-    def run(self, *, n: int, size: int) -> dict[str, Any]:
-        for wanted in range(n):
-            message = self.inbox.receive(timeout_s=120)
-            if message.sequence != self.sequence:
-                raise ValueError(f"expected tensor {self.sequence}, got {message.sequence}")
-            check_tensor(message.value, wanted, size)
-            self.sequence += 1
-        end = time.monotonic_ns()
-        del message
-        self.inbox.drain()
-        return {"end_ns": end}
-
-    def close(self) -> None:
-        self.fabric.close()
-
-
-def _contestants(link: str, raw_only: bool) -> list[Contestant]:
-    sides = ("perf.raw:TensorSender", "perf.raw:TensorReceiver")
-    raw = [Contestant("raw", sides, {"link": link}), Contestant("raw safe", sides, {"link": link, "safe": True})]
-    ours = ("perf.bench_tensors:FabricSender", "perf.bench_tensors:FabricReceiver")
-    return raw if raw_only else [Contestant("fabric", ours, {"link": link}), *raw]
+def contestants(arguments: argparse.Namespace, report: Report, link: str, size_max: int) -> list[Contestant]:
+    """All libraries that have this link, and the line of memcpy."""
+    names = [name for name in LIBRARIES[link] if name != "memcpy"]
+    found = cast(arguments, report, names, SIDES, "arrays", link=link, size_max=size_max)
+    if "memcpy" in LIBRARIES[link]:
+        found += cast(arguments, report, ["memcpy"], ("perf.peers.memcpy:Copier",), "arrays")
+    return found
 
 
 def _words(size: int) -> str:
     return f"{size // MIB} MiB" if size >= MIB else f"{size // KIB} KiB"
 
 
-def _budget(link: str, size: int) -> Budget | None:
+def _budgets(link: str, size: int) -> list[Budget]:
+    """Section 7 of the design, as `perf/README.md` has it."""
     if link == "tcp":
-        return Budget(0.95) if size >= MIB else None
-    return Budget(4.0) if size >= 16 * MIB else None
+        return [Budget(0.95), Budget(1.0, 1.2, peer="gloo")] if size >= MIB else []
+    if size == MIB:
+        return [Budget(1.0, 1.5, peer="zenoh")]
+    return [Budget(4.0), Budget(0.85, 0.95, peer="memcpy")] if size >= 16 * MIB else []
 
 
 def _link(arguments: argparse.Namespace, report: Report, link: str, sizes: list[int]) -> None:
     points: dict[str, list[tuple[float, float, float]]] = {}
-    with teams(_contestants(link, arguments.raw_only)) as players:
+    with teams(contestants(arguments, report, link, max(sizes)), report.skipped) as players:
         for size in sizes:
             n = max(3, ROUND_BYTES[size] // size // (8 if arguments.quick else 1))
             total = n * size
-            seconds = measured(compete(players, {"n": n, "size": size}, rounds=arguments.rounds), span_s)
+            cold = {name: size / span_s(team.call("run", n=1, size=size)) / 1e9 for name, team in players.items()}
+            job = {"n": n, "size": size}
+            answers = compete(players, job, rounds=arguments.rounds, skipped=report.skipped)
+            seconds = measured(answers, span_s)
             rates = {name: [total / second / 1e9 for second in seen] for name, seen in seconds.items()}
-            report.rows.append(Row("tensors", f"{_words(size)}, {link}", "GB/s", rates, _budget(link, size)))
+            axes = {"link": link, "bytes": size}
+            row = Row("tensors", f"{_words(size)}, {link}", "GB/s", rates, _budgets(link, size), axes=axes)
+            cost = measured(answers, lambda sides, total=total: cpu_s(sides) / total * 1e9)  # type: ignore[misc]
+            row.notes = {"cold": cold, "cpu_s_per_gb": {name: median(each) for name, each in cost.items()}}
+            report.rows.append(row)
             for name, seen in seconds.items():
                 if size <= FIT_BYTES_MAX:
                     points.setdefault(name, []).append((n, total, median(seen)))

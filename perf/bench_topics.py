@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from perf.harness import Budget, Contestant, Report, Row, Team, compete, main, measured, span_s, teams
+from perf.harness import Contestant, Team, compete, main, measured, span_s, teams
 from perf.members import enter
-from perf.raw import RECORD_BYTES
+from perf.peers.pyzmq_work import RECORD_BYTES
+from perf.report import Budget, Report, Row
 
 SIZES = ((1, 1), (10_000, 1), (1, 100), (10_000, 100))
 """Topics and patterns."""
@@ -84,7 +85,7 @@ class FabricReceiver:
 
 
 def _contestants(raw_only: bool) -> list[Contestant]:
-    libraries = {"raw": ("perf.raw:TopicSender", "perf.raw:TopicReceiver")}
+    libraries = {"raw": ("perf.peers.pyzmq_work:TopicSender", "perf.peers.pyzmq_work:TopicReceiver")}
     if not raw_only:
         libraries["fabric"] = ("perf.bench_topics:FabricSender", "perf.bench_topics:FabricReceiver")
     return [
@@ -119,8 +120,8 @@ def _play(players: dict[str, Team], n: int, run_length: int, rounds: int) -> lis
         for library in libraries
     }
     # No budget names a number; 0.8 is what "independent of both" must mean on a noisy machine.
-    budget = Budget(0.8, peer="") if run_length > 1 else None
-    rows.append(Row("topics", f"rate at 10000x100 / at 1x1, runs of {run_length}", "ratio", shares, budget))
+    budgets = [Budget(0.8, 1, peer="")] if run_length > 1 else []
+    rows.append(Row("topics", f"rate at 10000x100 / at 1x1, runs of {run_length}", "ratio", shares, budgets))
     return rows
 
 

@@ -22,9 +22,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from perf.harness import Answers, Budget, Contestant, Report, Row, compete, main, measured, teams
+from perf.harness import Answers, Contestant, compete, main, measured, teams
 from perf.members import enter
-from perf.raw import RawMesh
+from perf.peers.pyzmq_work import RawMesh
+from perf.report import Budget, Report, Row
 
 RANKS, LAYERS, SHAPE = 4, 12, (1000, 4)
 KEYS = ("calls_ns", "calls_cpu_ns", "publish_ns", "others_cpu_ns")
@@ -134,14 +135,14 @@ def _per_step_us(rounds: list[Answers], key: str) -> float:
     return mean(answer[key] / answer["steps"] / 1e3 for answers in rounds for answer in answers)
 
 
-def _case(arguments: argparse.Namespace, listeners: int, case: str, budget: Budget | None) -> Row:
+def _case(arguments: argparse.Namespace, listeners: int, case: str, budgets: list[Budget]) -> Row:
     contestants = [
         Contestant(library, ("perf.bench_train_step:Rank",) * RANKS, {"library": library, "listeners": listeners})
         for library in (["raw"] if arguments.raw_only else ["fabric", "raw"])
     ]
     with teams(contestants) as players:
         answers = compete(players, {"steps": 8 if arguments.quick else 40}, rounds=arguments.rounds)
-    row = Row("train step", case, "%", measured(answers, lambda ranks: mean(map(share, ranks))), budget)
+    row = Row("train step", case, "%", measured(answers, lambda ranks: mean(map(share, ranks))), budgets)
     for name, rounds in answers.items():
         row.notes[name] = {key.replace("_ns", "_us_per_step"): _per_step_us(rounds, key) for key in KEYS}
         row.notes[name]["publish_us"] = _per_step_us(rounds, "publish_ns") / LAYERS
@@ -150,9 +151,9 @@ def _case(arguments: argparse.Namespace, listeners: int, case: str, budget: Budg
 
 
 def run(arguments: argparse.Namespace) -> Report:
-    budget = Budget(1.0, 0.3, peer="", at_most=True)
-    controller = _case(arguments, 1, "share of 50 ms, rank 0 hears all", budget)
-    return Report([controller, _case(arguments, RANKS, "share of 50 ms, all hear all", None)])
+    budgets = [Budget(1.0, 0.3, peer="", at_most=True)]
+    controller = _case(arguments, 1, "share of 50 ms, rank 0 hears all", budgets)
+    return Report([controller, _case(arguments, RANKS, "share of 50 ms, all hear all", [])])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ __all__ = ["enter"]
 def enter(*, rank: int, world_size: int, meeting: Path, link: str = "ipc", handlers: str = "thread") -> Any:  # noqa: ANN401
     """Join the job that meets in this directory.
 
-    `link`: `ipc`, or `tcp` to let members of one host talk as two hosts would. `handlers`: `thread` or `step`.
+    `link`: `ipc`, or `tcp` to let members of one host talk as two hosts would, which must then share no memory either:
+    here is the place to say so in the configuration. `handlers`: `thread` or `step`.
     """
     from fabric import join
     from fabric.config import FabricConfig, Handlers, Retention, Work
@@ -22,4 +23,4 @@ def enter(*, rank: int, world_size: int, meeting: Path, link: str = "ipc", handl
         # Four of the largest tensors, as many as the raw peer's high-water mark lets in.
         retention=Retention(owed_bytes_max=1 << 30),
     )
-    return join(config, rank=rank, world_size=world_size, rendezvous=f"file://{meeting}", job="perf")
+    return join(config, rank=rank, world_size=world_size, rendezvous=f"file://{meeting}")
