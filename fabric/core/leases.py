@@ -88,6 +88,11 @@ class Leases:
         needs = list(self._needs.get(feed, {}).items())
         return [life for life, needed in needs if needed.floor < OFFSET_END == needed.end]
 
+    def replace(self, before: Peer, peer: Peer) -> None:
+        """A member begins anew. In another process the life before may not know it, and reads on until that ends."""
+        if before.card.pid == peer.card.pid:
+            self.leave(before)
+
     def leave(self, peer: Peer) -> None:
         """A member said goodbye, or begins anew: it reads nothing more, but what it holds its process may still use."""
         life = peer.name, peer.incarnation

@@ -241,7 +241,7 @@ class FabricCore:
         if peer is not None:
             if before is not None:
                 self.publishing.forget(peer.name)
-                self.publishing.leases.leave(before)
+                self.publishing.leases.replace(before, peer)
                 self.exchange.forget(peer.name)
                 self._lose_fetches(peer.name)
             self.publishing.forget_before(peer)

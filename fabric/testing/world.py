@@ -164,6 +164,8 @@ class World:
         """Those disks as the last loss of power left them."""
         self._boots: Counter[str] = Counter()
         self._dead: set[tuple[str, int]] = set()
+        self._processes = 0
+        self._pids: dict[str, int] = {}
         self._lingering: dict[str, list[Card]] = {}
         """Lives that are over while their processes go on, by name."""
         self._waits = _Waits(self)
@@ -245,7 +247,7 @@ class World:
             world_size=self.world_size,
             job="world",
             host=host,
-            pid=1,
+            pid=self._pid_of(name),
             version=VERSION,
             incarnation=self._lives[name],
             endpoints=(own.data, own.control, own.bulk),
@@ -260,6 +262,13 @@ class World:
             engine.sharing = _share(engine, self._arenas)
         self.history.begin(engine)
         return card, engine, state
+
+    def _pid_of(self, name: str) -> int:
+        """That of a process that goes on, or of a new one."""
+        if name not in self._lingering:
+            self._processes += 1
+            self._pids[name] = self._processes
+        return self._pids[name]
 
     def _take_state(self, name: str, host: str, config: FabricConfig) -> MemberState | None:
         """What earlier lives of a rank left; None while one of them lives on as a zombie and has it."""
