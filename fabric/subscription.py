@@ -82,6 +82,8 @@ class SubscriptionBase:
         self._closed = self._rests = False
         self.bytes_received = self.messages_received = 0
 
+    # Taking.
+
     def drain(self) -> Iterator[Message]:
         """The messages that are here now, oldest first of each lane; never waits.
 
@@ -98,8 +100,6 @@ class SubscriptionBase:
     def _settle_hand(self) -> None:
         if self._hand is not None and not self._manual:
             self._hand.settle_until(self._at + 1)
-            if self._at + 1 >= len(self._hand.rows):
-                self._hand = None  # nor is a value of it looked at by us any more
 
     def _messages(self, wait: Callable[[], Message | None] | None = None) -> Iterator[Message]:
         """What is here; with `wait` also what that brings, until it brings nothing."""

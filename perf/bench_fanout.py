@@ -18,7 +18,7 @@ from perf.report import Budget, Report, Row
 KIB, MIB = 1 << 10, 1 << 20
 ARRAYS = ("fabric", "raw", "zenoh", "iceoryx2")
 RECORDS = ("fabric", "raw", "raw pub", "zenoh", "nats", "redis")
-STALLED = ("fabric", "raw", "raw pub", "zenoh", "nats")
+STALLED = ("fabric", "raw nodrop", "raw pub", "zenoh", "nats")
 ROUND = {KIB: 20_000, 4 * MIB: 32, 16 * MIB: 8}
 """Messages of a round by their size."""
 
@@ -32,7 +32,7 @@ def _play(
     kind = "Record" if size == KIB else "Array"
     sides = (f"perf.sides:{kind}Sender", *(f"perf.sides:{kind}Receiver",) * readers)
     sides += ("perf.sides:Stalled",) * stalled
-    place = {"readers": readers + stalled, "size_max": max(size, 64 * KIB)}
+    place = {"readers": readers + stalled, "size_max": max(size, 64 * KIB), "stalled": stalled}
     n = ROUND[size] // (8 if arguments.quick else 1)
     skipped: dict[str, str] = {}
     with teams(cast(arguments, report, libraries, sides, what, **place), skipped) as players:

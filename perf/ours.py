@@ -17,11 +17,15 @@ def _enter(place: Place, **options: Any) -> Any:  # noqa: ANN401 - a fabric
 
 
 class Writer(base.Writer):
-    """A publisher that waits for room; the header of an array becomes its seed, the sequence is the lane's own."""
+    """A publisher that waits for room, or spills what is for a reader that never reads.
+
+    An array's header becomes its seed; the sequence is the lane's own.
+    """
 
     def open(self) -> None:
         self.fabric = _enter(self.place)
-        self.publisher = self.fabric.publisher(f"{TOPIC}.{self.place.number}", when_full="block")
+        when_full = "spill" if self.place.stalled else "block"
+        self.publisher = self.fabric.publisher(f"{TOPIC}.{self.place.number}", when_full=when_full)
         self.publisher.wait_for_subscribers(self.place.readers, timeout_s=30)
 
     def write(self, records: Iterable[bytes], *, paced: bool = False) -> None:
@@ -37,8 +41,9 @@ class Writer(base.Writer):
         self.publisher.publish(state)
 
     def finish(self) -> None:
-        # The last burst need not wait for its age.
-        self.publisher.flush(timeout_s=120)
+        # The last burst need not wait for its age. A flush waits for the stalled, too.
+        if not self.place.stalled:
+            self.publisher.flush(timeout_s=120)
 
     def close(self) -> None:
         self.fabric.close()

@@ -30,7 +30,8 @@ class Place:
     """Where a side stands: the directory in which its team meets, the link, and who else is there.
 
     `number`: among the writers or among the readers. `rank`: among all, the writers first. `size_max`: of an array, in
-    bytes. `style`: which way of the library. `shared`: what the processes inherited.
+    bytes. `style`: which way of the library.
+    `stalled`: so many of the readers never read. `shared`: what the processes inherited.
     """
 
     meeting: Path
@@ -40,6 +41,7 @@ class Place:
     link: str = "ipc"
     style: str = ""
     size_max: int = 1 << 16
+    stalled: int = 0
     shared: Any = None
 
     @property

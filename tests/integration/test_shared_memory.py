@@ -137,9 +137,7 @@ def ask(reader: Child, do: str, **arguments: Any) -> dict[str, Any]:
 
 
 def enter(spec: str, bytes_max: int = 64 * MIB, listen: str = "") -> Fabric:
-    return join(
-        config_of(bytes_max, **({"listen": listen} if listen else {})), rank=0, world_size=2, rendezvous=spec
-    )
+    return join(config_of(bytes_max, **({"listen": listen} if listen else {})), rank=0, world_size=2, rendezvous=spec)
 
 
 def lead_in(fabric: Fabric, reader: Child) -> None:
