@@ -59,7 +59,7 @@ CATCHES: dict[str, tuple[int, ...]] = {
 SPILL_CATCHES: dict[str, tuple[int, ...]] = {
     "released_too_early": (5, 0, 10),
     "refused_is_written": (19, 16, 0),
-    "released_is_written_again": (236, 354),
+    "released_is_written_again": (159,),
     "history_has_holes": (37, 33, 48),
     "loaded_is_thrown_away": (16, 25, 20),
     "damage_is_ignored": (43, 48),
