@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from zmq.utils import garbage
 
 from fabric import Fabric, FabricConfig, Message, Subscription, join
 from fabric.config import Arena, Retention
@@ -28,6 +29,12 @@ pytestmark = [pytest.mark.multiprocess]
 KIB = 1024
 MIB = 1024 * KIB
 TOPIC = "big.values"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collector() -> None:
+    """Pyzmq's, which sees to messages that are sent without a copy: once begun it stays, with a context of its own."""
+    garbage.gc.start()
 
 
 def config_of(bytes_max: int, **changed: Any) -> FabricConfig:
@@ -140,9 +147,7 @@ def ask(reader: Child, do: str, **arguments: Any) -> dict[str, Any]:
 
 
 def enter(spec: str, bytes_max: int = 64 * MIB, listen: str = "") -> Fabric:
-    return join(
-        config_of(bytes_max, **({"listen": listen} if listen else {})), rank=0, world_size=2, rendezvous=spec
-    )
+    return join(config_of(bytes_max, **({"listen": listen} if listen else {})), rank=0, world_size=2, rendezvous=spec)
 
 
 def lead_in(fabric: Fabric, reader: Child) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import mmap
@@ -10,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transports.segments import (
     Kind,
     Layout,
     MalformedSegmentError,
+    Place,
     check_segment,
     create_segment,
     pack_greeting,
@@ -53,10 +54,14 @@ def in_a_fork(work: Callable[[], object]) -> int:
     pid = os.fork()
     if not pid:
         code = 1
-        with contextlib.suppress(BaseException):
+        try:
             work()
             code = 0
-        os._exit(code)
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -221,7 +226,7 @@ def test_writers_that_hand_over_something_else_get_nothing_mapped(arenas: RealAr
     mappings.listen()
     assert mappings.statistics()["malformed_packets"] == 4
     assert descriptors() == before
-    assert mappings.map("writer", (1, 0, 0), SIZE) is None  # type: ignore[arg-type]
+    assert mappings.map("writer", Place(1, 0, 0), SIZE) is None
     for one in (connection, listener):
         one.close()
     os.close(unsealed)
@@ -345,5 +350,3 @@ def test_what_is_mapped_cannot_be_written(arenas: RealArenas) -> None:
         view[0] = 1
     with pytest.raises(TypeError):
         ctypes.c_char.from_buffer(view)  # type: ignore[arg-type]
-
-
