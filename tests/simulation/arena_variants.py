@@ -118,16 +118,6 @@ def overtaken_is_believed() -> list[Patch]:
     return [wrapped(Leases, "on_holds", on_holds)]
 
 
-def any_leased_counts() -> list[Patch]:
-    def on_leased(self: Any, entries: Any) -> None:
-        for feed, _ in entries:
-            hold = self._asking.pop(feed, None)
-            if hold is not None:
-                hold.is_leased = True
-
-    return [(Holding, "on_leased", on_leased)]
-
-
 ARENA_VARIANTS: dict[str, Variant] = {
     variant.__name__: variant
     for variant in (
@@ -143,6 +133,5 @@ ARENA_VARIANTS: dict[str, Variant] = {
         lost_tails_are_kept,
         views_share_an_owner,
         overtaken_is_believed,
-        any_leased_counts,
     )
 }
