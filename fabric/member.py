@@ -284,7 +284,7 @@ class Member(Generic[P]):
         engine = self._engine
         began = engine.clock()
         try:
-            for publisher in self._publishers.values():
+            for publisher in list(self._publishers.values()):  # a handler may begin one meanwhile
                 publisher.shut()
             engine.submit(events.IntakeStopped())
             for number in list(engine.inboxes):  # what we have not taken is owed to nobody: our peers may close, too
@@ -312,13 +312,13 @@ class Member(Generic[P]):
         return CloseReport(not left and ledger.balanced, (self._engine.clock() - began_ns) / S, left, ledger)
 
     def _is_settled(self) -> bool:
-        arrived = all(publisher._has_arrived for publisher in self._publishers.values())
+        arrived = all(publisher._has_arrived for publisher in list(self._publishers.values()))
         return arrived and not self._unacknowledged() and self._is_past_settled()
 
     def _unacknowledged(self) -> dict[str, dict[str, tuple[int, int]]]:
         left: dict[str, dict[str, tuple[int, int]]] = {}
         gone = {name for name, state in list(self._engine.peer_states.items()) if state in ("left", "dead")}
-        for publisher in self._publishers.values():
+        for publisher in list(self._publishers.values()):
             end = publisher.next
             behind = {
                 name: (floor, end)

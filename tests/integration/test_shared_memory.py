@@ -10,6 +10,8 @@ import hashlib
 import logging
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,8 +148,14 @@ def ask(reader: Child, do: str, **arguments: Any) -> dict[str, Any]:
     return reader.hear()
 
 
-def enter(spec: str, bytes_max: int = 64 * MIB, listen: str = "") -> Fabric:
-    return join(config_of(bytes_max, **({"listen": listen} if listen else {})), rank=0, world_size=2, rendezvous=spec)
+@contextmanager
+def enter(spec: str, bytes_max: int = 64 * MIB, listen: str = "") -> Iterator[Fabric]:
+    config = config_of(bytes_max, **({"listen": listen} if listen else {}))
+    fabric = join(config, rank=0, world_size=2, rendezvous=spec)
+    try:
+        yield fabric
+    finally:
+        fabric.close(timeout_s=0.1)  # the child waits for us, and settles nothing more
 
 
 def lead_in(fabric: Fabric, reader: Child) -> None:
