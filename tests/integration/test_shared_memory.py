@@ -297,6 +297,7 @@ def write(parent: Parent, spec: str, fails: bool = False) -> None:
                 os.waitpid(pid, 0)
             publisher.publish(value(heard["number"]))
             parent.say(warnings=warnings, **{key: n for key, n in fabric.statistics().items() if "arena" in key})
+        fabric.close(timeout_s=0.1)  # who reads it keeps what it has
 
 
 def _no_space(*arguments: Any) -> None:

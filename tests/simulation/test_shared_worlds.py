@@ -23,9 +23,8 @@ CATCHES: dict[str, tuple[int, ...]] = {
     "told_once_and_never_again": (1, 2),
     "lost_tails_are_kept": (9, 7),
     "views_share_an_owner": (1, 2),
-    "overtaken_is_believed": (13, 21),
 }
-"""Seeds that caught a variant, without the bit that lets members share memory. The two others are caught seldom."""
+"""Seeds that caught a variant, without the bit that lets members share memory. The three others are caught seldom."""
 SEEDS = (384, 230, 236, 9, 7)
 """Worlds that found a fault: a zombie whose slots were used again, words of the dead, lost tails of lossy feeds."""
 MORE_SEEDS = 40

@@ -279,7 +279,7 @@ def test_the_death_of_a_reader_is_told_once_and_leaves_nothing(arenas: RealArena
     arena = arenas.arena(at)
     place, kept = published(arena, b"x" * SIZE)
     before = descriptors()
-    for _ in range(500 if soak() else 10):
+    for _ in range(500 if soak() else 4):
         reading, writing = os.pipe()
         pid = os.fork()
         if not pid:
