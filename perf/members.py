@@ -11,7 +11,8 @@ __all__ = ["enter"]
 def enter(*, rank: int, world_size: int, meeting: Path, link: str = "ipc", handlers: str = "thread") -> Any:  # noqa: ANN401
     """Join the job that meets in this directory.
 
-    `link`: `ipc`, or `tcp` to let members of one host talk as two hosts would, which share no memory either. `handlers`: `thread` or `step`.
+    `link`: `ipc`, or `tcp` to let members of one host talk as two hosts would, which share no memory.
+    `handlers`: `thread` or `step`.
     """
     from fabric import join
     from fabric.config import Arena, FabricConfig, Handlers, Retention, Work
