@@ -141,10 +141,11 @@ class Publisher:
         and `loan.sequence` tells. An exception publishes nothing. Either way `t` is emptied: it has no elements any
         more. What is written to a tensor later goes nowhere, to an array it raises `ValueError`.
 
-        Whatever else refers to `t` then, or to a part of it (a view, a second variable, an array over it, autograd),
-        could still write: the value is copied once and the copy published, counted as `loans_copied`, told at debug
-        level. With `guard="sample"` that is a warning; with `guard="strict"` leaving raises `MutationError` and nothing
-        is taken. What `data_ptr()` gave, or another thread uses, only the guard can see (`Fabric.publisher`).
+        What refers to `t` then, or to a part of it, could still write: a view, a second variable, an array over it,
+        autograd. So the value is copied once and the copy published, counted as `loans_copied` and told at debug level;
+        `t` keeps its memory, which nobody else will ever see. With `guard="sample"` that is a warning; with
+        `guard="strict"` leaving raises `MutationError`, and nothing is taken. What writes to the address that
+        `data_ptr()` gave is seen by the guard alone, see `Fabric.publisher`, and by whoever reads.
 
         Raises as `publish`, `UnsupportedValueError` for a dtype or shape that cannot travel, `PayloadTooLargeError`;
         `ClosedError` when it is entered twice, `WrongThreadError` when another thread leaves it.

@@ -20,6 +20,7 @@ import zmq
 
 import fabric
 from fabric import FabricConfig, aio
+from fabric.publisher import Loan
 
 _names = itertools.count()
 
@@ -63,6 +64,7 @@ def plain(function: Callable[[Any], Coroutine[Any, Any, Any]]) -> Callable[[Any]
 
 PLAIN_NAMES = {
     "publisher",
+    "loan",
     "on",
     "respond",
     "drain",
@@ -107,7 +109,25 @@ class Awaited:
         self.inner.__exit__(*details)
 
 
+class AwaitedLoan:
+    """A loan of the synchronous face."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def __aenter__(self) -> Any:
+        return self.inner.__enter__()
+
+    async def __aexit__(self, *details: Any) -> None:
+        self.inner.__exit__(*details)
+
+
 def _wrapped(value: Any) -> Any:
+    if isinstance(value, Loan):
+        return AwaitedLoan(value)
     return Awaited(value) if isinstance(value, fabric.Publisher | fabric.Subscription) else value
 
 
