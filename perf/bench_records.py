@@ -1,11 +1,13 @@
 """How many small records a second arrive, in order, from one process in another, and from eight?
 
-Published one by one and received by iteration; and `publish_many` / `receive_many`. 64 seeds, `reliable`. Eight
-senders have 8 seeds each.
+64 seeds, `reliable`, in three ways. One by one: `publish`, and iteration. Many: `publish_many` of a list of bytes, and
+each message of what `receive_many` returns is looked at. Arrays: `publish_many` of an array whose rows are the records,
+and the columns of what `receive_many` returns are looked at. Eight senders have 8 seeds each.
 
 Envelope: on two cores two Python threads and two IO threads share the work. Raw pyzmq spends about 1 us a record on
 each side, of which most is one `send` and one `recv`; whoever joins records into bursts pays that once a burst, and is
-then bound by what Python does for one record, a few tenths of a microsecond on each side.
+then bound by what Python does for one record, a few tenths of a microsecond on each side. By column nothing is done for
+one record, and what is left is copies and the work for a burst.
 
 `joined` is raw pyzmq with 256 records joined by hand in one frame: no topic, no repair, but the rate to dream of.
 """
@@ -19,6 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from perf.harness import Answers, Contestant, compete, cpu_s, main, measured, span_s, teams
 from perf.members import enter
 from perf.peers import LOSES, cast
@@ -31,8 +35,8 @@ MANY = 1024
 
 
 class FabricSender:
-    def __init__(self, *, rank: int, meeting: Path, many: bool) -> None:
-        self.rank, self.meeting, self.many = rank, meeting, many
+    def __init__(self, *, rank: int, meeting: Path, way: str) -> None:
+        self.rank, self.meeting, self.way = rank, meeting, way
 
     def open(self) -> None:
         self.fabric = enter(rank=self.rank, world_size=2, meeting=self.meeting)
@@ -42,8 +46,8 @@ class FabricSender:
     def run(self, *, n: int, size: int, seeds: int) -> dict[str, Any]:
         value = b"x" * size
         start = time.monotonic_ns()
-        if self.many:
-            values, block = [value] * MANY, [position % seeds for position in range(MANY)]
+        if self.way != "one by one":
+            values, block = self._block(value, seeds)
             for first in range(0, n, MANY):
                 count = min(MANY, n - first)
                 self.publisher.publish_many(values[:count], seeds=block[:count])
@@ -56,14 +60,22 @@ class FabricSender:
         self.publisher.flush(timeout_s=60)
         return {"start_ns": start, "sent_ns": sent}
 
+    def _block(self, value: bytes, seeds: int) -> tuple[Any, Any]:
+        """The values and seeds of one call."""
+        block = np.arange(MANY) % seeds
+        if self.way == "arrays":
+            return np.full((MANY, len(value)), ord("x"), np.uint8), block
+        return [value] * MANY, block.tolist()
+
     def close(self) -> None:
         self.fabric.close()
 
 
 class FabricReceiver:
-    def __init__(self, *, rank: int, meeting: Path, many: bool) -> None:
-        self.rank, self.meeting, self.many = rank, meeting, many
+    def __init__(self, *, rank: int, meeting: Path, way: str) -> None:
+        self.rank, self.meeting, self.way = rank, meeting, way
         self.expected: dict[int, int] = {}
+        self.expected_next: Any = None
 
     def open(self) -> None:
         self.fabric = enter(rank=self.rank, world_size=2, meeting=self.meeting)
@@ -72,7 +84,7 @@ class FabricReceiver:
     def run(self, *, n: int, size: int, seeds: int) -> dict[str, Any]:
         for seed in range(seeds):
             self.expected.setdefault(seed, 0)
-        (self._many if self.many else self._one_by_one)(n, size)
+        {"one by one": self._one_by_one, "many": self._many, "arrays": self._arrays}[self.way](n, size)
         end = time.monotonic_ns()
         # Handled means: the next call. Without it the sender's flush would wait for the last message.
         self.inbox.drain()
@@ -99,6 +111,20 @@ class FabricReceiver:
                 expected[seed] += 1
                 left -= 1
 
+    def _arrays(self, n: int, size: int) -> None:
+        if self.expected_next is None:
+            self.expected_next = np.zeros(len(self.expected), int)
+        expected, left = self.expected_next, n
+        while left:
+            table = self.inbox.receive_many(min(MANY, left), timeout_s=30)
+            order = table.seeds.argsort(kind="stable")
+            seeds, counts = table.seeds[order], np.bincount(table.seeds, minlength=len(expected))
+            wanted = expected[seeds] + np.arange(len(seeds)) - (counts.cumsum() - counts)[seeds]
+            if (table.sequences[order] != wanted).any() or table.values.shape[1] != size:
+                raise ValueError(f"expected {wanted}, got {table.sequences[order]}")
+            expected += counts
+            left -= len(table)
+
     def close(self) -> None:
         self.fabric.close()
 
@@ -109,7 +135,9 @@ JOINED = Contestant("joined", ("perf.peers.pyzmq_work:JoinedSender", "perf.peers
 BUDGETS = {
     "one by one": [Budget(1.5), Budget(None, 1.3, peer="zenoh")],
     "many": [Budget(2.5), Budget(1.3, 2, peer="zenoh")],
+    "arrays": [Budget(2.5), Budget(1.3, 2, peer="zenoh")],
 }
+"""By the ways to publish and receive."""
 
 
 def rate(answers: Answers) -> float:
@@ -117,21 +145,21 @@ def rate(answers: Answers) -> float:
     return float(max(answer.get("n", 0) for answer in answers)) / span_s(answers)
 
 
-def _ours(many: bool) -> Contestant:
+def _ours(way: str) -> Contestant:
     sides = ("perf.bench_records:FabricSender", "perf.bench_records:FabricReceiver")
-    return Contestant("fabric many" if many else "fabric one", sides, {"many": many})
+    return Contestant(f"fabric {way}", sides, {"way": way})
 
 
 def _rows(size: int, seen: dict[str, list[float]], cpu_us: dict[str, float]) -> list[Row]:
     """The faster style of raw pyzmq becomes `raw`."""
     best = max((name for name in ("raw", "raw pub") if name in seen), key=lambda name: median(seen[name]), default="")
     rows = []
-    for case, ours in (("one by one", "fabric one"), ("many", "fabric many")):
-        values: dict[str, list[float]] = {"fabric": seen[ours]} if ours in seen else {}
+    for case, budgets in BUDGETS.items():
+        values: dict[str, list[float]] = {"fabric": seen[f"fabric {case}"]} if f"fabric {case}" in seen else {}
         values |= {"raw": seen[best]} if best else {}
         values |= {name: rates for name, rates in seen.items() if not name.startswith(("fabric", "raw"))}
-        budgets = BUDGETS[case] if size == 256 else []
-        row = Row("records", f"{size} B, 64 seeds, {case}", "records/s", values, budgets, axes={"bytes": size})
+        bounds = budgets if size == 256 else []
+        row = Row("records", f"{size} B, 64 seeds, {case}", "records/s", values, bounds, axes={"bytes": size})
         row.notes = {"raw": best, "cpu_us": cpu_us}
         rows.append(row)
     return rows
@@ -142,7 +170,7 @@ def _one_to_one(arguments: argparse.Namespace, report: Report, sizes: Sequence[i
     if not arguments.only or "raw" in arguments.only.split(","):
         contestants.append(JOINED)
     if not arguments.raw_only and (not arguments.only or "fabric" in arguments.only.split(",")):
-        contestants = [_ours(many=False), _ours(many=True), *contestants]
+        contestants = [*map(_ours, BUDGETS), *contestants]
     for size in sizes:
         n = BLOCK * (100 if arguments.quick else 1200 if size == 256 else 400)
         with teams(contestants, report.skipped) as players:

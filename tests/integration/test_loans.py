@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import logging
 import os
 import threading
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fabric import Fabric, FabricConfig, join
+from fabric import FabricConfig, join
 from fabric.config import Arena, Inboxes, Retention
-from fabric.engine import loans, outbox
+from fabric.engine import loans
 from fabric.errors import (
     ClosedError,
     ConfigError,
-    MutationError,
     PayloadTooLargeError,
     QueueFullError,
     SeedError,
@@ -32,48 +27,13 @@ from fabric.errors import (
 )
 from tests.harness.children import Parent, child
 from tests.harness.faces import DEFAULT, played
-from tests.harness.waiting import until
+from tests.harness.lending import LARGE, in_use, meet, meet_alone
 
 torch = pytest.importorskip("torch", reason="what is lent is a tensor, mostly")
 
 pytestmark = pytest.mark.torch
 
-LARGE = (256, 1024)
-"""1 MiB of float32."""
 SOCKETS = replace(DEFAULT, arena=Arena(enabled=False))
-
-
-WARM = {"value": bytes(100_000), "seed": 99}
-"""The first large value of a feed: with it a reader asks for a share of the memory."""
-
-
-async def meet(face: Any, a: Any, b: Any, topic: str = "t", **options: Any) -> tuple[Any, Any]:
-    """A publisher of one and a subscription of the other, which reads it in shared memory if there is any."""
-    inbox, publisher = await b.subscribe(topic), a.publisher(topic, **options)
-    await publisher.wait_for_subscribers(1, timeout_s=30)
-    await publisher.publish(**WARM)
-    assert (await inbox.receive(timeout_s=30)).seed == WARM["seed"]
-    inbox.drain()
-    await publisher.flush(timeout_s=30)
-    engine, feed = getattr(a, "inner", a)._engine, getattr(publisher, "inner", publisher)
-    if engine.config.arena.enabled:
-        await face.until(lambda: is_shared(engine, getattr(feed, "_outbox", feed)))
-    return inbox, publisher
-
-
-def meet_alone(member: Fabric, **options: Any) -> tuple[Any, Any]:
-    """As `meet`, of one member that reads itself."""
-    inbox, publisher = member.subscribe("t"), member.publisher("t", **options)
-    publisher.publish(**WARM)
-    assert inbox.receive(timeout_s=30).seed == WARM["seed"]
-    list(inbox.drain())
-    until(lambda: is_shared(member._engine, publisher))
-    return inbox, publisher
-
-
-def is_shared(engine: Any, outbox: Any) -> bool:
-    """Whether somebody reads this feed in shared memory."""
-    return bool(engine.sharing._leases.shared_with(outbox.feed))
 
 
 def refuse(*_: Any) -> Any:
@@ -157,12 +117,6 @@ def test_a_durable_topic_lends(size: int, tmp_path: Path) -> None:
         assert member.statistics()["loans_copied"] == 1
 
 
-def in_use(member: Fabric) -> Any:
-    """Bytes in slots and in buffers."""
-    member._engine.turn()
-    return member.statistics()["arena_bytes_in_use"] + member._engine.pool.statistics().bytes_in_use
-
-
 @pytest.mark.parametrize("size", [10, 300_000])
 def test_an_exception_publishes_nothing(size: int) -> None:
     with join(config=DEFAULT) as member:
@@ -179,87 +133,6 @@ def test_an_exception_publishes_nothing(size: int) -> None:
         assert inbox.receive(timeout_s=10).value == b"next"
         view.fill_(1)
         assert "loans_copied" not in member.statistics()
-
-
-# What outlives its loan.
-
-WAYS: dict[str, Callable[[Any], Any]] = {
-    "a view": lambda tensor: tensor[:2],
-    "a variable": lambda tensor: tensor,
-    "an array": lambda tensor: tensor.numpy(),
-    "detached": lambda tensor: tensor.detach(),
-    "dlpack": lambda tensor: torch.from_dlpack(tensor),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("guard", ["off", "sample", "strict"])
-def test_what_refers_to_a_loan_afterwards_changes_nothing(
-    guard: str, way: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG, "fabric.guard")
-    with join(config=DEFAULT) as member:
-        inbox, publisher = meet_alone(member, guard=guard)
-        alias = lend_and_keep(publisher, WAYS[way], guard)
-        alias[:] = 66
-        if guard != "strict":
-            message = inbox.receive(timeout_s=10)
-            assert (message.value == 5).all()
-            alias[:] = 67
-            assert (message.value == 5).all()
-            del message
-        for number in range(8):  # none of these is where the alias still writes
-            with publisher.loan(LARGE, torch.float32) as tensor:
-                tensor.fill_(number)
-            alias[:] = 68
-            assert (inbox.receive(timeout_s=10).value == number).all()
-        copied = member.statistics().get("loans_copied", 0)
-        assert (copied, publisher.next) == ((0, 9) if guard == "strict" else (1, 10))
-        told = [record.levelname for record in caplog.records if "test_loans.py:" in record.getMessage()]
-        assert told == {"off": ["DEBUG"], "sample": ["WARNING"], "strict": []}[guard]
-
-
-def lend_and_keep(publisher: Any, way: Callable[[Any], Any], guard: str) -> Any:
-    loan = publisher.loan(LARGE, torch.float32, seed=3)
-    try:
-        with loan as tensor:
-            tensor.fill_(5)
-            alias = way(tensor)
-    except MutationError as error:
-        assert guard == "strict"
-        assert (error.fields["topic"], error.fields["seed"]) == ("t", 3)
-        assert error.fields["line"].startswith(f"{__file__}:")
-    else:
-        assert guard != "strict"
-        assert loan.sequence == 0
-    return alias
-
-
-def test_a_slot_comes_back_when_the_last_view_of_its_loan_is_gone() -> None:
-    config = replace(DEFAULT, retention=Retention(kept_bytes_max=1))
-    with join(config) as member:
-        inbox, publisher = meet_alone(member)
-        with publisher.loan(LARGE, torch.float32) as tensor:
-            view = tensor[0]
-        inbox.receive(timeout_s=10)
-        list(inbox.drain())
-        gc.collect()
-        until(lambda: in_use(member) < 3 << 20)
-        assert in_use(member) >= 1 << 20, "the view has it"
-        assert tensor.shape == LARGE, "and what it is a view of was not emptied under it"
-        del view, tensor
-        until(lambda: not in_use(member))
-
-
-def test_a_line_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    with join(config=DEFAULT) as member:
-        publisher = member.publisher("t", guard="sample")
-        kept = []
-        for _ in range(3):
-            with publisher.loan(LARGE, torch.float32) as tensor:
-                kept.append(tensor[0])
-        assert member.statistics()["loans_copied"] == 3
-        assert len([record for record in caplog.records if record.name == "fabric.guard"]) == 1
 
 
 # What is refused.
@@ -352,61 +225,6 @@ def test_the_thread_that_entered_leaves() -> None:
         assert loan.sequence == 0
 
 
-# The guard, beyond loans.
-
-
-def poke(address: int, offset: int) -> None:
-    """What an extension may do that kept an address."""
-    ctypes.memset(address + offset, 0x55, 4)
-
-
-@pytest.mark.parametrize(("guard", "offset", "found"), [("off", 0, 0), ("sample", 0, 1), ("strict", 500_000, 1)])
-def test_the_guard_finds_what_was_changed_by_its_address(
-    guard: str, offset: int, found: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    with join(config=replace(DEFAULT, retention=Retention(kept_bytes_max=1))) as member:
-        inbox, publisher = meet_alone(member, guard=guard)
-        for change in (False, True):
-            with publisher.loan(LARGE, "f4", seed=6) as array:
-                array[:] = 0
-                address = array.__array_interface__["data"][0]
-            message = inbox.receive(timeout_s=10)
-            if change:
-                poke(address, offset)
-            del message
-            list(inbox.drain())
-            publisher.flush()
-        member._engine.attend()
-        member._engine.attend()
-    assert member._engine.counts["mutations_found"] == found
-    told = [record.getMessage() for record in caplog.records if record.name == "fabric.guard"]
-    assert len(told) == found
-    assert all(f"t, seed 6, published at {__file__}:" in line for line in told)
-
-
-def test_the_guard_finds_a_value_that_changes_while_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = outbox.fill
-
-    def hasty(engine: Any, planned: Any, feed: Any) -> Any:
-        filled = fill(engine, planned, feed)
-        value[700] += 1  # another thread
-        return filled
-
-    value = np.zeros(LARGE[0] * LARGE[1], np.float32)
-    with join(config=DEFAULT) as member:
-        inbox = member.subscribe("**")
-        strict, sample = member.publisher("strict", guard="strict"), member.publisher("sample", guard="sample")
-        strict.publish(value)
-        monkeypatch.setattr(outbox, "fill", hasty)
-        with pytest.raises(MutationError, match="while it was copied") as caught:
-            strict.publish(value, seed=1)
-        assert caught.value.fields["line"].startswith(f"{__file__}:")
-        assert strict.next == 1
-        sample.publish(value)
-        assert member.statistics()["mutations_found"] == 2
-        assert [inbox.receive(timeout_s=10).value[700] for _ in range(2)] == [0, 1]
-
-
 # Into memory that is there.
 
 
@@ -428,63 +246,6 @@ def test_a_value_in_shared_memory_is_copied_once_into_what_is_given() -> None:
 
 
 # Processes.
-
-
-def lender(parent: Parent, *, where: str) -> None:
-    """Lends, keeps a view, and writes to it afterwards; once the value is there, by its address, too."""
-    with join(DEFAULT, rank=0, world_size=2, rendezvous=where, job="loans") as member:
-        counts = member._engine.counts
-        for guard in ("off", "sample", "strict"):
-            publisher = member.publisher(guard, guard=guard)
-            publisher.wait_for_subscribers(1, timeout_s=30)
-            publisher.publish(**WARM)
-            until(lambda publisher=publisher: is_shared(member._engine, publisher), timeout_s=30)
-            raised = ""
-            try:
-                with publisher.loan(LARGE, torch.float32) as tensor:
-                    tensor.fill_(5)
-                    view = tensor[0]
-            except MutationError as error:
-                raised = str(error)
-            view.fill_(66)
-            parent.say(raised=raised)
-            with publisher.loan(LARGE, torch.float32) as tensor:
-                tensor.fill_(6)
-                address = tensor.data_ptr()
-            parent.hear()
-            view.fill_(67)
-            poke(address, 100)
-            parent.say(changed=True)
-            parent.hear()
-        publisher.flush(timeout_s=20)
-    parent.say(found=counts["mutations_found"], copied=counts["loans_copied"])
-
-
-@pytest.mark.multiprocess
-def test_an_in_place_write_after_a_loan_reaches_nobody(tmp_path: Path) -> None:
-    """A view that survived writes to memory that nobody else has. An address is beyond all of this: it is found."""
-    where = f"file://{tmp_path}"
-    with (
-        child(lender, where=where) as other,
-        join(DEFAULT, rank=1, world_size=2, rendezvous=where, job="loans") as member,
-    ):
-        inbox = member.subscribe("*")
-        for guard in ("off", "sample", "strict"):
-            assert inbox.receive(timeout_s=30).seed == WARM["seed"]
-            raised = other.hear()["raised"]
-            assert bool(raised) is ("test_loans.py:" in raised) is (guard == "strict")
-            mapped = member.statistics()["arena_mapped"]
-            messages = [inbox.receive(timeout_s=20) for _ in range(1 if raised else 2)]
-            assert member.statistics()["arena_mapped"] == mapped + len(messages), "all are read in shared memory"
-            assert [float(message.value.sum()) / 2**18 for message in messages] == ([6] if raised else [5, 6])
-            other.tell(go=True)
-            assert other.hear()["changed"]
-            assert raised or (messages[0].value == 5).all()
-            assert not (messages[-1].value == 6).all(), "who has the address may write: the reader sees it"
-            del messages
-            list(inbox.drain())
-            other.tell(go=True)
-        assert other.hear() == {"found": 2, "copied": 2}
 
 
 def forks_inside(parent: Parent, *, size: int) -> None:

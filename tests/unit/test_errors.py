@@ -14,9 +14,7 @@ from fabric.errors import FabricError, WaitTimeoutError, shortened
 
 LEAVES = [getattr(errors, name) for name in errors.__all__]
 FIELDS: dict[str, Any] = dict(
-    **dict.fromkeys(
-        ["field", "topic", "kind", "where", "peer", "known", "state", "queue", "reason", "what", "line"], "text"
-    ),
+    **dict.fromkeys(["field", "topic", "kind", "where", "peer", "known", "state", "queue", "reason", "what"], "text"),
     **dict.fromkeys(["seed", "size", "limit", "used", "ours", "theirs", "owner", "caller", "opened_in", "used_in"], 3),
     **dict.fromkeys(["segment", "position", "feed", "first", "end"], 4),
     directory="text",
