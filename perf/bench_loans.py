@@ -1,12 +1,12 @@
 """Does it matter how large a tensor is that was written in place? From a loan to the receiver's message.
 
-A loan (float32, 64 KiB to 256 MiB, `reliable`) is entered, filled, and left; one at a time, each handled before the next
-begins. The time is that of entering plus that from leaving to the moment at which another process holds the message;
-filling is not in it. `publish` beside it fills memory of its own and publishes that: a snapshot, so its time grows with
-the bytes.
+A loan (float32, 64 KiB to 256 MiB, `reliable`) is entered, filled, and left; one at a time, each handled before the
+next begins. The time is that of entering plus that from leaving to the moment at which another process holds the
+message; filling is not in it. `publish` beside it fills memory of its own and publishes that: a snapshot, so its time
+grows with the bytes.
 
-Envelope: leaving sums 64 KiB of the value and the receiver the same, whatever its size, and the receiver touches no more
-pages than these. So the time should hardly grow; a reader by socket would pay for all bytes.
+Envelope: leaving sums 64 KiB of the value and the receiver the same, whatever its size, and the receiver touches no
+more pages than these. So the time should hardly grow; a reader by socket would pay for all bytes.
 """
 
 from __future__ import annotations
