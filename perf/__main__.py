@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> Report:
         bench_mesh,
         bench_train_step,
         bench_demo,
-            bench_topics,
+        bench_topics,
         bench_spill,
         bench_durable,
         bench_outage,
