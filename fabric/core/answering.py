@@ -34,9 +34,9 @@ class Answering:
         if self._spilling.park(out, bursts, (peer, Kind.PULL, (feed, token, credit, ranges))):
             return
         for burst in bursts:
-            self._bulk(peer, Kind.REPAIR, feed, token, chunk=burst.frame)
+            self._bulk(peer, Kind.REPAIR, (feed, burst.first, burst.end), feed, token, chunk=burst.frame)
             self._context.counts["repaired_bytes"] += burst.frame_size
-        self._bulk(peer, Kind.AVAILABLE, feed, token, out.first_available, out.end, lost)
+        self._bulk(peer, Kind.AVAILABLE, (feed,), feed, token, out.first_available, out.end, lost)
 
     def payload_of(self, feed: int, offset: int) -> Buffer | None:
         """The value of an addressed record, while it is retained."""
@@ -50,6 +50,8 @@ class Answering:
         burst = out.find(offset) if out else None
         return out is not None and burst is not None and self._spilling.park(out, [burst], question)
 
-    def _bulk(self, peer: Peer, kind: Kind, *fields: object, chunk: Buffer | None = None) -> None:
+    def _bulk(
+        self, peer: Peer, kind: Kind, about: tuple[int, ...], *fields: object, chunk: Buffer | None = None
+    ) -> None:
         header = encode_control(kind, self._context.id, self._context.incarnation, *fields)
-        self._context.emit(SendBulk(peer.name, header, chunk))
+        self._context.emit(SendBulk(peer.name, header, chunk, (kind, *about)))

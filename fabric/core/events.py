@@ -318,11 +318,12 @@ class SendControl:
 
 @crossing
 class SendBulk:
-    """Send on BULK, after what is queued there for this peer."""
+    """Send on BULK after what is queued for this peer, or in place of what is `about` the same."""
 
     peer: str
     header: bytes
     chunk: Buffer | None
+    about: tuple[int, ...]
 
 
 @crossing

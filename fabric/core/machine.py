@@ -372,7 +372,7 @@ class FabricCore:
         context = self.context
         if payload is None:
             header = encode_control(Kind.MISSING, context.id, context.incarnation, space, number, token)
-            context.emit(SendBulk(peer.name, header, None))
+            context.emit(SendBulk(peer.name, header, None, (Kind.MISSING, space, number)))
             return
         view = memoryview(payload)
         size, step = view.nbytes, context.config.repair.chunk_bytes
@@ -380,9 +380,8 @@ class FabricCore:
         for begin in range(position, end, step):
             chunk = view[begin : min(begin + step, end)]
             place = space, number, begin, token, checksum_of(chunk) if summed else 0
-            context.emit(
-                SendBulk(peer.name, encode_control(Kind.CHUNK, context.id, context.incarnation, *place), chunk)
-            )
+            header = encode_control(Kind.CHUNK, context.id, context.incarnation, *place)
+            context.emit(SendBulk(peer.name, header, chunk, (Kind.CHUNK, space, number, begin, len(chunk), summed)))
 
     def _on_records_loaded(self, event: events.RecordsLoaded) -> None:
         spilling = self.publishing.spilling

@@ -23,6 +23,7 @@ from fabric.core.sharing import AdmitReader, FreeSlots, ReadSlot, RefuseReader
 from fabric.core.wire import Drop, feed_prefix
 from fabric.engine.assembling import Assemblies
 from fabric.engine.budget import Budget
+from fabric.engine.bulk import Bulk
 from fabric.engine.devices import Devices
 from fabric.engine.guarding import Guarding
 from fabric.engine.inbox import Hand, Inbox
@@ -40,8 +41,6 @@ __all__ = ["Engine", "Waits"]
 log = logging.getLogger("fabric.engine")
 
 US = 1_000
-BULK_QUEUE_BYTES_MAX = 256 * 1024 * 1024
-"""Asked for by one peer and not taken by its connection yet; a peer that asks for more is not answered."""
 RECEIVED_AT_ONCE = 16
 CLOSING_REST = 20
 """Closing old bursts, and sending them after, takes up to a quarter of the time: encoding is a fifth of that cost."""
@@ -106,8 +105,7 @@ class Engine:
         self._looped: deque[Any] = deque()
         self._assemblies = Assemblies(self.pool)
         self._payloads: dict[tuple[int, int], memoryview] = {}
-        self._bulk: dict[str, deque[events.SendBulk]] = {}
-        self._bulk_bytes: Counter[str] = Counter()
+        self.bulk = Bulk(transport, self.counts)
         self._own_prefixes: set[bytes] = set()
         self._execute = self._by_command()
         self.store: Store = NoStore(self.submit_later)
@@ -236,7 +234,7 @@ class Engine:
         handled += received
         if self._submitted or self._looped:
             handled += self._drain()
-        self._flush_bulk()
+        self.bulk.flush()
         self._set_due()
         if handled:
             self.on_progress()
@@ -389,30 +387,7 @@ class Engine:
         if command.peer == self.card.name:
             self._looped.append(events.BulkReceived(command.header, command.chunk))
             return
-        size = len(command.header) + (len(command.chunk) if command.chunk is not None else 0)
-        if self._bulk_bytes[command.peer] + size > BULK_QUEUE_BYTES_MAX:
-            self.counts[Drop.NO_ROOM] += 1
-            return
-        self._bulk_bytes[command.peer] += size
-        self._bulk.setdefault(command.peer, deque()).append(command)
-
-    def _flush_bulk(self) -> None:
-        self.transport.unblocked()  # always: until it is told, a pipe that is free again passes for work
-        for peer, queue in self._bulk.items():
-            while queue:
-                command = queue[0]
-                frames = (command.header,) if command.chunk is None else (command.header, command.chunk)
-                try:
-                    self.transport.send(peer, Link.BULK, frames)
-                except SendBlockedError:
-                    break
-                except PeerUnreachableError:
-                    self.counts[Drop.BLOCKED] += len(queue)
-                    queue.clear()
-                    self._bulk_bytes[peer] = 0
-                    break
-                queue.popleft()
-                self._bulk_bytes[peer] -= sum(map(len, frames))
+        self.bulk.add(command)
 
     def _follow(self, command: events.FollowFeed) -> None:
         prefix = feed_prefix(command.feed)
@@ -426,7 +401,7 @@ class Engine:
         self._own_prefixes.discard(prefix)
 
     def _connect(self, command: events.ConnectPeer) -> None:
-        self._forget_bulk(command.key)  # what an earlier life asked for would stand before what this one needs
+        self.bulk.forget(command.key)
         try:
             self.transport.connect(command.key, Endpoints(*command.card.endpoints))
             self.on_connect(command.card)
@@ -437,13 +412,9 @@ class Engine:
             log.warning("cannot connect to %s: %s", command.key, error)
 
     def _disconnect(self, command: events.DisconnectPeer) -> None:
-        self._forget_bulk(command.key)
+        self.bulk.forget(command.key)
         self.transport.disconnect(command.key)
         self.sharing.part(command.key)
-
-    def _forget_bulk(self, key: str) -> None:
-        self._bulk.pop(key, None)
-        self._bulk_bytes.pop(key, None)
 
     def _report_peer(self, command: events.ReportPeer) -> None:
         log.info("peer %s: %s %s", command.name, command.state, command.detail)

@@ -371,16 +371,18 @@ class History:
         inbound = subscription.feeds.get((command.source, command.topic)) if subscription else None
         inbound = inbound if inbound is not None and inbound.incarnation == command.incarnation else None
         book.readings[key] = Reading(key, command.join, self._clock(), inbound, len(book.readings))
-        if not engine.stateless:
-            book.readings[key].known = self._known(book, key)
+        book.readings[key].known = self._known(book, key, stateless=bool(engine.stateless))
 
-    def _known(self, book: SubscriptionBook, key: FeedKey) -> frozenset[int]:
-        """Of which records earlier lives of this subscription's owner have letters, or had."""
+    def _known(self, book: SubscriptionBook, key: FeedKey, *, stateless: bool) -> frozenset[int]:
+        """Of which records there are letters, or were, of one that had this name before: in an earlier life, or closed.
+
+        Without a directory a life knows its own letters only.
+        """
         earlier = [
             other.readings[key]
             for other in self.subscriptions.values()
             if (other.owner.name, other.pattern) == (book.owner.name, book.pattern)
-            and other.owner is not book.owner
+            and (other.closed if other.owner is book.owner else not stateless)
             and key in other.readings
         ]
         return frozenset().union(*(reading.known.union(reading.letters) for reading in earlier))
